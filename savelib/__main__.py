@@ -1,0 +1,3 @@
+from savelib.cli import app
+
+app()

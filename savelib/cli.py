@@ -1,0 +1,126 @@
+"""`python -m savelib`: train, notebook, config."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from savelib.config import Config, ConfigError, make_config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+Pairs = Annotated[list[str], typer.Option("--set", help="name=value of any config field; repeatable")]
+
+
+def fail(error: Exception | str) -> None:
+    """One sentence on stderr, exit code 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    raise typer.Exit(2)
+
+
+def _values(pairs: list[str]) -> dict:
+    """name=value texts -> typed values, as YAML reads them (1e-6 is a number too)."""
+    out = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{pair!r}: write name=value")
+        typed = yaml.safe_load(value) if value else ""
+        try:
+            typed = float(value) if isinstance(typed, str) and value else typed
+        except ValueError:
+            pass
+        out[name] = typed
+    return out
+
+
+@app.command()
+def train(
+    profile: Annotated[str | None, typer.Option(help="tiny, smol or paper")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of config fields")] = None,
+    set_: Pairs = [],  # noqa: B006
+) -> None:
+    """Run SAVE in this process; the result is a folder under runs/."""
+    from savelib.loop import NonFiniteError
+    from savelib.train import train as run
+
+    try:
+        print(run(make_config(profile, config, **_values(set_))))
+    except (ConfigError, NonFiniteError, ModuleNotFoundError) as error:
+        fail(error)
+
+
+@app.command("config")
+def show_config(
+    profile: Annotated[str | None, typer.Option(help="tiny, smol or paper")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of config fields")] = None,
+    set_: Pairs = [],  # noqa: B006
+) -> None:
+    """Print every field of a configuration: value, place in the paper, meaning."""
+    try:
+        made = make_config(profile, config, **_values(set_))
+    except ConfigError as error:
+        fail(error)
+    for name, field in Config.model_fields.items():
+        print(f"{name}: {getattr(made, name)!r}  # {field.json_schema_extra['paper']}: {field.description}")
+
+
+@app.command()
+def notebook(
+    path: Annotated[Path, typer.Argument(help="a notebook, for example notebooks/03_save_train.ipynb")],
+    parameters: Annotated[list[str], typer.Option("-p", help="name=value, as papermill's -p; repeatable")] = [],  # noqa: B006
+) -> None:
+    """Run notebook 03 by papermill into a new run folder, with an HTML copy, and print what came out."""
+    import nbformat
+    import papermill
+    from nbconvert import HTMLExporter
+
+    from savelib.paths import runs_dir
+    from savelib.runlog import new_run_id
+
+    try:
+        values = _values(parameters)
+        config = make_config(**values)
+        values["run_id"] = new_run_id(config)
+        folder = runs_dir() / values["run_id"]
+        if (folder / "config.yaml").exists() and config.resume == "never":
+            raise ConfigError(f"run_id = {config.run_id!r}: {folder} already holds a run; choose another run_id, or resume=auto")
+    except ConfigError as error:
+        fail(error)
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / path.name
+    try:
+        papermill.execute_notebook(path, out, values, progress_bar=False, log_output=True, stdout_file=sys.stdout)
+    except papermill.PapermillExecutionError as error:
+        fail(f"{error.ename}: {error.evalue} (the executed notebook is {out})")
+    finally:
+        if out.exists():
+            html, _ = HTMLExporter().from_notebook_node(nbformat.read(out, 4))
+            out.with_suffix(".html").write_text(html, encoding="utf-8")
+    print(summary(folder))
+    print(f"\nlook at   {out.with_suffix('.html')}\nfiles in  {folder}")
+
+
+def summary(folder: Path) -> str:
+    """The figures of a run that matter, before and after, as lines of text."""
+    from savelib.runlog import read_manifest, read_metrics
+
+    metrics, manifest = read_metrics(folder), read_manifest(folder)
+    measured = metrics.dropna(subset=["eval/rm_accuracy"])
+    lines = [f"run {folder.name}: {manifest['status']} in {manifest.get('seconds', 0):.0f} s", f"{'':44}{'before':>8}{'after':>8}"]
+    names = {
+        "eval/rm_accuracy": "reward model, held-out pairs (accuracy)",
+        "eval/rm_accuracy_current": "reward model, current responses (accuracy)",
+        "eval/gold": "policy, held-out prompts (gold)",
+        "eval/reward": "policy, held-out prompts (reward)",
+    }
+    for column, name in names.items():
+        if column in measured:
+            first, last = measured[column].iloc[0], measured[column].iloc[-1]
+            lines.append(f"{name:44}{first:8.3f}{last:8.3f}")
+    if "filter/kept" in metrics:
+        lines.append(f"{'responses kept by the filter (mean)':44}{metrics['filter/kept'].mean():16.3f}")
+    return "\n".join(lines)

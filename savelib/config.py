@@ -1,0 +1,240 @@
+"""Every hyperparameter of a run, once: name, default (the paper's), section of the paper, meaning.
+
+The defaults are the profile `paper`; `tiny` and `smol` say only what they change. Order of precedence:
+field default < profile < YAML file < explicit values. Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from savelib.policy_loss import ALGORITHMS
+from savelib.rules import RULES
+
+
+class ConfigError(ValueError):
+    """Bad configuration, data or model: the message names the field, the value and what to do."""
+
+
+def _field(default: Any, paper: str, description: str, **constraints: Any) -> Any:
+    """A field whose origin in the paper (`ours` where it has none) is kept in its JSON schema."""
+    return Field(default, description=description, json_schema_extra={"paper": paper}, **constraints)
+
+
+class Config(BaseModel):
+    """One run of SAVE. `python -m savelib config` prints each field with its value, source and meaning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+
+    # the run
+    profile: str = _field("paper", "ours", "tiny (embedded world), smol (SmolLM2-135M) or paper (table 8)")
+    run_id: str = _field("", "ours", "name of the folder under runs/; empty: made from profile, rule, algo, seed and time")
+    seed: int = _field(0, "ours", "seed of sampling, data order and head initialisation", ge=0)
+    resume: Literal["never", "auto"] = _field("never", "ours", "auto: go on from the last checkpoint of run_id")
+    checkpoint_every: int = _field(20, "ours", "steps between checkpoints; 0: none", ge=0)
+    keep_checkpoints: int = _field(2, "ours", "how many checkpoints stay", ge=1)
+    eval_every: int = _field(20, "ours", "steps between evaluations on held-out data; 0: only first and last", ge=0)
+    eval_prompts: int = _field(64, "ours", "held-out prompts of an evaluation", ge=1)
+    device: str = _field("auto", "ours", "auto, cpu, cuda or cuda:N")
+    precision: Literal["float32", "bfloat16"] = _field(
+        "bfloat16", "section 4.1", "arithmetic on CUDA (autocast); weights are always held in float32; CPU computes in float32"
+    )
+
+    # models and data
+    policy_model: str = _field("Qwen/Qwen2.5-3B-Instruct", "section 4.1", "hub id or folder; embedded; smollm2")
+    reward_model: str = _field(
+        "Skywork/Skywork-Reward-V2-Llama-3.2-3B", "section 4.1", "hub id or folder with one label; embedded; smollm2"
+    )
+    preferences: str = _field(
+        "HuggingFaceH4/ultrafeedback_binarized", "section 4.1", "pairs: hub id, .jsonl[.gz], .parquet, or embedded"
+    )
+    prompts: str = _field("openbmb/UltraFeedback", "section 4.1", "RL prompts: hub id, .jsonl[.gz], .parquet, or embedded")
+    eval_preferences: str = _field("", "ours", "held-out pairs; empty: the last tenth of preferences")
+    eval_prompts_source: str = _field("", "ours", "held-out prompts; empty: the last tenth of prompts")
+    prompt_selection: Literal["responses_fit", "responses_exceed", "all"] = _field(
+        "responses_fit", "section 4.1, open", "keep prompts whose dataset responses fit in (or exceed) max_new_tokens"
+    )
+    world_seed: int = _field(0, "ours", "which embedded world: the seed of its pretrained backbone", ge=0)
+    start_share: float = _field(0.4, "ours", "embedded world: share of right responses in the policy's SFT data", gt=0, lt=1)
+    label_noise: float = _field(0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5)
+    max_prompt_tokens: int = _field(2048, "ours", "longer prompts are an error", ge=1)
+
+    # stage 1: preference learning (eq. 2, 11)
+    bt_epochs: int = _field(0, "section 3.1", "passes over the pairs; 0: the reward model is already trained", ge=0)
+    bt_batch_size: int = _field(64, "section 3.1", "pairs per step", ge=1)
+    bt_backbone_lr: float = _field(2e-6, "ours", "Bradley-Terry learning rate of the backbone; 0 freezes it", ge=0)
+    bt_head_lr: float = _field(2e-6, "ours", "Bradley-Terry learning rate of the reward head", gt=0)
+
+    # stage 2: value anchor integration (eq. 12)
+    value_position: Literal["user_turn", "generation_prompt"] = _field(
+        "user_turn", "eq. 12, open", "token that V reads: end of the user turn, or end of the generation prompt"
+    )
+    value_head: Literal["linear", "mlp"] = _field("linear", "eq. 12, open", "one linear layer, or two with tanh")
+    value_init: Literal["mean_reward", "random"] = _field(
+        "mean_reward", "eq. 12, open", "output layer at start: weight 0 and bias = mean of the first targets, or random"
+    )
+    anchor_prompts: int = _field(0, "section 3.2", "prompts that the value head is fitted on; 0: all", ge=0)
+    anchor_responses: int = _field(16, "table 8, K", "responses per prompt whose mean reward is the target", ge=1)
+    anchor_lr: float = _field(2e-4, "table 8", "value head learning rate in stage 2", gt=0)
+    anchor_batch_size: int = _field(32, "table 8", "prompts per step in stage 2", ge=1)
+    anchor_epochs: int = _field(1, "table 8", "passes over the prompts in stage 2", ge=1)
+
+    # the on-policy loop (algorithms 1 and 2)
+    rule: str = _field("save", "table 1", "how a step updates the reward model: " + ", ".join(RULES))
+    algo: str = _field("grpo", "table 2", "policy algorithm: " + ", ".join(ALGORITHMS))
+    total_steps: int = _field(320, "table 8, T", "steps of the loop", ge=1)
+    batch_size: int = _field(32, "table 8, B", "prompts per step", ge=1)
+    group_size: int = _field(16, "table 8, G", "responses per prompt", ge=2)
+    curriculum: Literal["linear", "none", "fixed"] = _field(
+        "linear", "eq. 14", "threshold mu(t): eq. 14; none: mu = 0.5, no filter (w/o curriculum); fixed: mu at step 1"
+    )
+    initial_margin: float = _field(0.5, "table 8, m0", "initial margin of eq. 14", ge=0, le=1)
+    length_filter: Literal["reward_model", "both"] = _field(
+        "reward_model", "F.1, open", "who ignores responses that end without an end token: the RM update, or the policy's too"
+    )
+    rm_steps: int = _field(1, "algorithm 2, open", "RM gradient steps per batch; the filter stays that of the first", ge=1)
+    backbone_lr: float = _field(1e-7, "table 8", "backbone learning rate in the loop; 0 freezes it", ge=0)
+    reward_head_lr: float = _field(1e-7, "table 8", "reward head learning rate in the loop", gt=0)
+    value_head_lr: float = _field(1e-5, "table 8", "value head learning rate in the loop", gt=0)
+    value_loss_weight: float = _field(1.0, "table 8, lambda_V", "weight of L_V (eq. 21)", gt=0)
+    policy_lr: float = _field(2e-6, "table 8", "policy learning rate", gt=0)
+    freeze_policy: bool = _field(False, "table 1", "w/o policy optimization: the policy never moves")
+    beta: float = _field(0.04, "table 8", "KL penalty to the initial policy", ge=0)
+    kl: Literal["algorithm", "loss", "reward"] = _field(
+        "algorithm", "eq. 5, open", "k3 in the loss, k1 in the reward, or as the algorithm has it (loss: grpo, gspo)"
+    )
+    advantages_over: Literal["kept", "all"] = _field(
+        "kept", "eq. 5, open", "responses whose rewards give a group's mean and std in the policy update"
+    )
+    policy_groups: Literal["two_kept", "both_signs"] = _field(
+        "two_kept", "algorithm 1, open", "groups in the policy update: at least 2 kept, or kept ones of both signs"
+    )
+    max_grad_norm: float = _field(1.0, "open", "gradient clipping, each optimizer by itself", gt=0)
+    temperature: float = _field(0.7, "table 8", "sampling temperature; log-probs use it too", gt=0)
+    top_p: float = _field(0.8, "table 8", "nucleus sampling; 1: off", gt=0, le=1)
+    top_k: int = _field(20, "table 8", "top-k sampling; 0: off", ge=0)
+    max_new_tokens: int = _field(1024, "table 8", "longest response", ge=1)
+    micro_batch_groups: int = _field(1, "ours", "groups per forward/backward of the reward model and the policy", ge=1)
+    rollout_rows: int = _field(128, "ours", "responses sampled at a time", ge=1)
+
+    @field_validator("profile", "rule", "algo")
+    @classmethod
+    def _known(cls, value: str, info: Any) -> str:
+        valid = {"profile": PROFILES, "rule": RULES, "algo": ALGORITHMS}[info.field_name]
+        if value not in valid:
+            raise ValueError(f"not one of {', '.join(valid)}")
+        return value
+
+    @field_validator("run_id")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if value and (Path(value).name != value or value.startswith(".")):
+            raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
+        return value
+
+    @model_validator(mode="after")
+    def _resumable(self) -> Config:
+        if self.resume == "auto" and not self.run_id:
+            raise ValueError("resume=auto needs run_id, the run to go on with")
+        return self
+
+    def only(self, *names: str) -> dict[str, Any]:
+        """The named fields as a plain dict, for cache keys and logs."""
+        return {name: getattr(self, name) for name in names}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+_SMALL = dict(checkpoint_every=20, precision="float32")
+PROFILES: dict[str, dict[str, Any]] = {
+    # WORLD: real transformers models of well under a million parameters, gold known exactly
+    "tiny": _SMALL
+    | dict(
+        policy_model="embedded", reward_model="embedded", preferences="embedded", prompts="embedded",
+        bt_epochs=10, bt_batch_size=8, bt_backbone_lr=0.0, bt_head_lr=1e-2,
+        anchor_lr=3e-3, anchor_epochs=20, anchor_prompts=256,
+        total_steps=60, batch_size=16, group_size=12, backbone_lr=1e-6, reward_head_lr=2e-3, value_head_lr=3e-3,
+        policy_lr=1e-4, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=10,
+        eval_every=10, micro_batch_groups=16, rollout_rows=512,
+    ),
+    # SmolLM2-135M-Instruct, instructions whose fulfilment code can check
+    "smol": _SMALL
+    | dict(
+        policy_model="smollm2", reward_model="smollm2",
+        preferences="data/smol_preferences.jsonl", prompts="data/smol_prompts.jsonl",
+        eval_preferences="data/smol_heldout_preferences.jsonl", eval_prompts_source="data/smol_heldout_prompts.jsonl",
+        bt_epochs=1, bt_batch_size=8, bt_backbone_lr=1e-5, bt_head_lr=1e-3,
+        anchor_prompts=16, anchor_responses=8, anchor_lr=1e-3, anchor_epochs=10, anchor_batch_size=8,
+        total_steps=10, batch_size=4, group_size=6, backbone_lr=1e-6, reward_head_lr=1e-4, value_head_lr=1e-3,
+        policy_lr=2e-6, max_new_tokens=32, checkpoint_every=5, eval_every=0, eval_prompts=48, rollout_rows=32,
+    ),
+    "paper": {},
+}  # fmt: skip
+
+
+def make_config(profile: str | None = None, file: str | Path | None = None, **values: Any) -> Config:
+    """Config from a profile, a YAML file and explicit values, the later ones winning.
+
+    Raises ConfigError naming each bad field with its value and the valid names or values.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        try:
+            merged = yaml.safe_load(Path(file).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"config file {str(file)!r} cannot be read: {error}") from error
+        if not isinstance(merged, dict):
+            raise ConfigError(f"config file {str(file)!r} must hold 'name: value' lines, not a {type(merged).__name__}")
+    merged |= values
+    profile = profile or merged.get("profile") or "tiny"
+    check_names(merged, Config.model_fields)
+    base = PROFILES.get(profile, {}) if isinstance(profile, str) else {}
+    try:
+        return Config(**(base | merged | {"profile": profile}))
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'config'} = {e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
+            if e["loc"]
+            else e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        ]
+        raise ConfigError("bad configuration: " + "; ".join(lines)) from None
+
+
+def check_names(names: Any, valid: Any) -> None:
+    """Raise ConfigError for each name that is not valid, with the nearest valid one and the list of all."""
+    unknown = [name for name in names if name not in valid]
+    if unknown:
+        hints = [(n, difflib.get_close_matches(n, list(valid), n=1)) for n in unknown]
+        said = ", ".join(f"{n!r}" + (f" (did you mean {h[0]!r}?)" if h else "") for n, h in hints)
+        raise ConfigError(f"unknown parameter {said}; valid names: {', '.join(sorted(valid))}")
+
+
+def notebook_config(cells: list[str], also: tuple[str, ...] = ()) -> Config:
+    """The Config of a notebook: its parameters cell, then what papermill injected. `None` means the profile's value.
+
+    cells: the sources executed so far (`In` in a notebook); those that begin with `# Parameters` count, as papermill's do.
+    also: the notebook's own parameters that are no config fields.
+    Pitfall: papermill accepts any name, so a misspelt `-p alg rloo` would train the default; here it raises.
+    """
+    values = notebook_parameters(cells)
+    check_names(values, set(Config.model_fields) | set(also))
+    return make_config(**{k: v for k, v in values.items() if k not in also and v is not None})
+
+
+def notebook_parameters(cells: list[str]) -> dict[str, Any]:
+    """name -> literal of every assignment in the cells that begin with `# Parameters`, later cells winning."""
+    values: dict[str, Any] = {}
+    for cell in cells:
+        if cell.lstrip().startswith("# Parameters"):
+            for node in ast.parse(cell).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values

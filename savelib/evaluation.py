@@ -1,0 +1,72 @@
+"""What a run is judged by: held-out pairs, and the current policy's responses to held-out prompts."""
+
+from __future__ import annotations
+
+import torch
+
+from savelib.config import Config
+from savelib.data import Preference
+from savelib.loop import Trainer, encode_groups, score_groups, seed_everything
+from savelib.models import RewardModel, autocast
+from savelib.rollout import sample
+
+RESPONSES = 4  # per held-out prompt
+
+
+@torch.no_grad()
+def pair_margins(rm: RewardModel, pairs: list[Preference], config: Config) -> torch.Tensor:
+    """R(chosen) - R(rejected) of each pair [M]; a positive margin is a right verdict, a tie a wrong one."""
+    encoded = rm.encode([(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)])
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded.ids[i]))  # alike lengths need little padding
+    size = config.micro_batch_groups * config.group_size
+    rewards = torch.empty(len(encoded))
+    for i in range(0, len(order), size):
+        rows = order[i : i + size]
+        part = type(encoded)([encoded.ids[r] for r in rows], [encoded.prompt_ends[r] for r in rows])
+        with autocast(rm.device, config.precision):
+            rewards[rows] = rm.score(part).rewards.cpu()
+    return rewards.view(-1, 2)[:, 0] - rewards.view(-1, 2)[:, 1]
+
+
+def ranking_accuracy(rewards: torch.Tensor, gold: torch.Tensor) -> float:
+    """Share of (right, wrong) pairs within a group that the rewards order rightly; nan without such a pair.
+
+    rewards [B, G], gold [B, G] with 1 right, 0 wrong, nan unknown. A tie counts half.
+    """
+    right, wrong = gold > 0.5, gold <= 0.5
+    both = right[:, :, None] & wrong[:, None, :]  # [B, G, G]
+    difference = rewards[:, :, None] - rewards[:, None, :]
+    return (((difference > 0) + 0.5 * (difference == 0)) * both).sum().item() / max(int(both.sum()), 1) if both.any() else float("nan")
+
+
+def evaluate(t: Trainer) -> dict[str, float]:
+    """Metrics `eval/...` of the trainer's models; the same prompts and the same random numbers each time.
+
+    rm_accuracy: on the fixed held-out pairs; rm_accuracy_current: on right and wrong responses of the current policy
+    to one prompt (gold needed); gold: of those responses; value_correlation: V against the group's mean reward.
+    """
+    c = t.config
+    out = {"eval/rm_accuracy": (pair_margins(t.reward_model, t.heldout_pairs, c) > 0).float().mean().item()}
+    seed_everything("evaluation", c.seed)
+    prompts = t.heldout_prompts[:: max(1, len(t.heldout_prompts) // c.eval_prompts)][: c.eval_prompts]
+    rewards, hidden, gold = [], [], []
+    for i in range(0, len(prompts), c.batch_size):
+        rollout = sample(t.policy, t.tokenizer, prompts[i : i + c.batch_size], RESPONSES, c)
+        scores = score_groups(t.reward_model, encode_groups(t.reward_model, rollout), c)
+        rewards.append(scores.rewards.cpu())
+        hidden.append(scores.prompt_hidden)
+        gold.append(rollout.gold())
+    rewards, gold = torch.cat(rewards), torch.cat(gold)
+    out["eval/reward"] = rewards.mean().item()
+    if t.rule.anchor == "value":
+        with torch.no_grad():
+            values = t.reward_model.values(torch.cat(hidden)).cpu()
+        out["eval/value_error"] = (values - rewards.mean(1)).abs().mean().item()
+        if len(values) > 2 and values.std() > 0:
+            out["eval/value_correlation"] = torch.corrcoef(torch.stack([values, rewards.mean(1)]))[0, 1].item()
+    if not torch.isnan(gold).all():
+        out["eval/gold"] = gold.nanmean().item()
+        accuracy = ranking_accuracy(rewards, gold)
+        if accuracy == accuracy:
+            out["eval/rm_accuracy_current"] = accuracy
+    return out

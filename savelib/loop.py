@@ -1,0 +1,554 @@
+"""SAVE itself: stage 1 (preference learning), stage 2 (value anchor integration), and the step of the on-policy loop.
+
+Algorithms 1 and 2 are `save_step`. The reward model is run twice a step: once with gradients over the groups, which
+gives R, V, the filter and the loss, and once without after its update, which gives the value head its input and the
+policy its rewards. Groups without contrast get no backward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from savelib import __version__, world
+from savelib.config import Config, ConfigError
+from savelib.data import Preference, Prompt, train_and_heldout_preferences, train_and_heldout_prompts
+from savelib.feedback import (
+    Partition,
+    bradley_terry_loss,
+    curriculum_threshold,
+    net_forces,
+    partition,
+    rm_advantages,
+    value_loss,
+)
+from savelib.models import Encoded, RewardModel, autocast, load_policy, load_reward_model, pick_device
+from savelib.paths import atomic_folder, cache_dir, resolve
+from savelib.policy_loss import (
+    KL_IN_LOSS,
+    kl_penalized_rewards,
+    loss_weight,
+    policy_advantages,
+    policy_loss,
+    reinforce_pp_advantages,
+)
+from savelib.rollout import Rollout, completion_logprobs, sample
+from savelib.rules import RULES
+from savelib.smollm2 import smollm2_path
+
+
+class NonFiniteError(RuntimeError):
+    """A reward or a loss that is not a finite number; the message names the step and the prompts."""
+
+
+def policy_source(config: Config) -> str:
+    """Folder or hub id of the initial policy."""
+    if config.policy_model == "embedded":
+        return str(world.build_policy(config.world_seed, config.start_share))
+    return str(smollm2_path()) if config.policy_model == "smollm2" else config.policy_model
+
+
+def reward_source(config: Config) -> str:
+    """Folder or hub id of what stage 1 starts from."""
+    if config.reward_model == "embedded":
+        return str(world.build_backbone(config.world_seed))
+    return str(smollm2_path()) if config.reward_model == "smollm2" else config.reward_model
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed torch from a few numbers or names; each step has its own seed, so a resumed run draws the same."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7]))
+
+
+# stage 1: preference learning
+
+STAGE1 = (
+    "reward_model", "preferences", "eval_preferences", "world_seed", "start_share", "label_noise", "seed", "precision",
+    "bt_epochs", "bt_batch_size", "bt_backbone_lr", "bt_head_lr", "max_grad_norm",
+)  # fmt: skip
+STAGE2 = STAGE1 + (
+    "policy_model", "prompts", "prompt_selection", "value_position", "value_head", "value_init", "anchor_prompts",
+    "anchor_responses", "anchor_lr", "anchor_batch_size", "anchor_epochs", "temperature", "top_p", "top_k",
+    "max_new_tokens", "max_prompt_tokens",
+)  # fmt: skip
+
+
+def _stage_folder(name: str, config: Config, fields: tuple[str, ...]) -> Path:
+    """Cache folder of a stage: its name hashes every field that its result depends on, and the local data's content."""
+    key = {k: v for k, v in config.only(*fields).items()} | {"version": __version__}
+    for source in (config.preferences, config.eval_preferences, config.prompts):
+        path = Path(resolve(source)) if source else None
+        if path and path.is_file():
+            key[f"sha256 of {source}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return cache_dir() / f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def preference_stage(config: Config) -> str:
+    """Stage 1 (eq. 2, 11): Bradley-Terry on the preference pairs; returns the reward model's folder or hub id.
+
+    The result is cached; with bt_epochs = 0 the given reward model is already trained and returned as it is.
+    """
+    if not config.bt_epochs:
+        return reward_source(config)
+    target = _stage_folder("stage1", config, STAGE1)
+    if not target.is_dir():
+        seed_everything("stage 1", config.seed)
+        rm = load_reward_model(reward_source(config), config, pick_device(config.device))
+        pairs, _ = train_and_heldout_preferences(config)
+        print(f"stage 1: Bradley-Terry on {len(pairs)} pairs, {config.bt_epochs} epoch(s)", flush=True)
+        for loss in fit_bradley_terry(rm, pairs, config):
+            print(f"  epoch loss {loss:.4f}", flush=True)
+        with atomic_folder(target) as folder:
+            rm.model.save_pretrained(folder)
+            rm.tokenizer.save_pretrained(folder)
+    return str(target)
+
+
+def fit_bradley_terry(rm: RewardModel, pairs: list[Preference], config: Config) -> Iterator[float]:
+    """Train backbone and reward head on eq. 11; yields the mean loss of each epoch."""
+    optimizer = reward_optimizer(rm, config.bt_backbone_lr, config.bt_head_lr)
+    for _ in range(config.bt_epochs):
+        losses = []
+        for rows in torch.randperm(len(pairs)).split(config.bt_batch_size):
+            batch = [pairs[i] for i in rows]
+            losses.append(bradley_terry_step(rm, batch, optimizer, config) * len(batch))
+        yield sum(losses) / len(pairs)
+
+
+def bradley_terry_step(rm: RewardModel, pairs: list[Preference], optimizer: torch.optim.Optimizer, config: Config) -> float:
+    """One gradient step of eq. 11 on a batch of pairs, in micro-batches; returns the loss."""
+    encoded = [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in pairs]
+    size = max(1, config.micro_batch_groups * config.group_size // 2)
+    total = 0.0
+    for i in range(0, len(pairs), size):
+        part = encoded[i : i + size]
+        both = Encoded([r for e in part for r in e.ids], [r for e in part for r in e.prompt_ends])
+        with autocast(rm.device, config.precision):
+            rewards = rm.score(both).rewards.view(-1, 2)  # [n, 2]
+        loss = bradley_terry_loss(rewards[:, 0], rewards[:, 1]) * (len(part) / len(pairs))
+        loss.backward()
+        total += loss.item()
+    if not math.isfinite(total):
+        raise NonFiniteError(f"Bradley-Terry loss is {total}; first prompt: {pairs[0].prompt[-1]['content'][:60]!r}")
+    apply_gradients(optimizer, config.max_grad_norm)
+    return total
+
+
+def reward_optimizer(rm: RewardModel, backbone_lr: float, head_lr: float) -> torch.optim.AdamW:
+    """AdamW over omega and phi with a learning rate each; a backbone at 0 takes no gradient at all."""
+    backbone, head = rm.backbone_parameters(), rm.reward_head_parameters()
+    for p in backbone:
+        p.requires_grad_(backbone_lr > 0)
+    groups = [{"params": head, "lr": head_lr}] + [{"params": backbone, "lr": backbone_lr}] * (backbone_lr > 0)
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, divisor: float = 1.0) -> float:
+    """Divide the gradients, clip, step, and clear them; returns the norm before clipping."""
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    if divisor != 1:
+        torch._foreach_div_([p.grad for p in parameters], divisor)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+# stage 2: value anchor integration
+
+
+def anchor_stage(config: Config) -> str:
+    """Stage 2 (eq. 12): fit the value head to the mean frozen-RM reward; returns a folder with the value head inside.
+
+    Cached like stage 1. A rule without a value head (frozen, hl_bt, ...) has no stage 2: its reward model is returned.
+    """
+    source = preference_stage(config)
+    if RULES[config.rule].anchor != "value":
+        return source
+    target = _stage_folder("stage2", config, STAGE2)
+    if not target.is_dir():
+        device = pick_device(config.device)
+        rm = load_reward_model(source, config, device)
+        policy, tokenizer = load_policy(policy_source(config), device)
+        prompts, _ = train_and_heldout_prompts(config)
+        hidden, rewards = anchor_targets(rm, policy, tokenizer, prompts, config)
+        for i, loss in enumerate(fit_value_head(rm, hidden, rewards, config), 1):
+            if i in (1, config.anchor_epochs):
+                print(f"  epoch {i}: L_V {loss:.4f}", flush=True)
+        with atomic_folder(target) as folder:
+            rm.save(folder)
+    return str(target)
+
+
+def anchor_targets(rm: RewardModel, policy: nn.Module, tokenizer, prompts: list[Prompt], config: Config) -> tuple[Tensor, Tensor]:
+    """Sample K responses to each prompt and score them: (hidden states for V [M, H], rewards [M, K]), no graph."""
+    seed_everything("stage 2", config.seed)
+    count = min(config.anchor_prompts or len(prompts), len(prompts))
+    chosen = [prompts[i] for i in torch.randperm(len(prompts))[:count]]
+    print(f"stage 2: value head on {count} prompts x K {config.anchor_responses}", flush=True)
+    hidden, rewards = [], []
+    for i in range(0, count, config.anchor_batch_size):
+        batch = chosen[i : i + config.anchor_batch_size]
+        rollout = sample(policy, tokenizer, batch, config.anchor_responses, config)
+        scored = score_groups(rm, encode_groups(rm, rollout), config)
+        rewards.append(scored.rewards)
+        hidden.append(scored.prompt_hidden)
+    return torch.cat(hidden), torch.cat(rewards)
+
+
+def fit_value_head(rm: RewardModel, hidden: Tensor, rewards: Tensor, config: Config) -> Iterator[float]:
+    """Train psi on eq. 12 with hidden states [M, H] and rewards [M, K]; yields the mean loss of each epoch."""
+    seed_everything("value head", config.seed)
+    out = rm.value_head[-1]
+    if config.value_init == "mean_reward":
+        nn.init.zeros_(out.weight)
+        nn.init.constant_(out.bias, float(rewards[: config.anchor_batch_size].mean()))
+    optimizer = torch.optim.AdamW(rm.value_head.parameters(), lr=config.anchor_lr, weight_decay=0.0)
+    for _ in range(config.anchor_epochs):
+        total = 0.0
+        for rows in torch.randperm(len(hidden)).split(config.anchor_batch_size):
+            loss = value_loss(rm.values(hidden[rows]), rewards[rows])
+            loss.backward()
+            apply_gradients(optimizer, config.max_grad_norm)
+            total += loss.item() * len(rows)
+        yield total / len(hidden)
+
+
+# scoring groups
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Rewards [B, G] and the hidden states that V reads [B, H], on the reward model's device."""
+
+    rewards: Tensor
+    prompt_hidden: Tensor
+
+
+def encode_groups(rm: RewardModel, rollout: Rollout) -> list[Encoded]:
+    """The B groups of a rollout, re-rendered by the reward model's own chat template."""
+    return [rm.encode([(p.messages, t) for t in texts]) for p, texts in zip(rollout.prompts, rollout.texts, strict=True)]
+
+
+def _score_some(rm: RewardModel, groups: list[Encoded], config: Config) -> GroupScores:
+    """One forward over a micro-batch of groups; the groups' rows share their prompt, so V reads the first row's."""
+    flat = Encoded([r for g in groups for r in g.ids], [e for g in groups for e in g.prompt_ends])
+    with autocast(rm.device, config.precision):
+        scored = rm.score(flat)
+    return GroupScores(scored.rewards.view(len(groups), -1), scored.prompt_hidden[:: len(groups[0])])
+
+
+def _micro_batches(count: int, config: Config) -> Iterator[slice]:
+    for i in range(0, count, config.micro_batch_groups):
+        yield slice(i, min(i + config.micro_batch_groups, count))
+
+
+@torch.no_grad()
+def score_groups(rm: RewardModel, groups: list[Encoded], config: Config) -> GroupScores:
+    """Score all groups without gradients, micro_batch_groups at a time."""
+    parts = [_score_some(rm, groups[rows], config) for rows in _micro_batches(len(groups), config)]
+    return GroupScores(torch.cat([p.rewards for p in parts]), torch.cat([p.prompt_hidden for p in parts]))
+
+
+# the on-policy loop
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the reward model says of a batch: R, what it is measured against (None: nothing), and who is kept."""
+
+    rewards: Tensor  # [B, G]
+    anchors: Tensor | None  # [B]
+    partition: Partition
+
+    @property
+    def kept(self) -> Tensor:
+        return self.partition.kept  # [B, G]
+
+
+class Trainer:
+    """The models, optimizers and data of a run. Stages 1 and 2 are done (or found in the cache) when it is made.
+
+    models: (policy folder, reward model folder) to go on from; default the initial policy and stage 2's result.
+    """
+
+    def __init__(self, config: Config, models: tuple[str, str] | None = None):
+        self.config, self.rule = config, RULES[config.rule]
+        self.device = pick_device(config.device)
+        initial = policy_source(config)
+        policy, reward = models or (initial, anchor_stage(config))
+        self.policy, self.tokenizer = load_policy(policy, self.device)
+        self.reference = load_policy(initial, self.device)[0].requires_grad_(False)
+        self.reward_model = load_reward_model(reward, config, self.device)
+        self.prompts, self.heldout_prompts = train_and_heldout_prompts(config)
+        self.pairs, self.heldout_pairs = train_and_heldout_preferences(config)
+        self.reward_optimizer = reward_optimizer(self.reward_model, config.backbone_lr, config.reward_head_lr)
+        self.value_optimizer = torch.optim.AdamW(
+            self.reward_model.value_head.parameters(), lr=config.value_head_lr, weight_decay=0.0
+        )
+        self.policy_optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.policy_lr, weight_decay=0.0)
+
+    @property
+    def kl_in_loss(self) -> bool:
+        c = self.config
+        return KL_IN_LOSS[c.algo] if c.kl == "algorithm" else c.kl == "loss"
+
+    def batch(self, rows: list, step: int, size: int) -> list:
+        """The step's rows (steps from 1): epochs of seeded permutations, so that a step's data is known by its number."""
+        start = (step - 1) * size
+        if not rows:
+            raise ConfigError("no training data")
+        picked = []
+        for i in range(start, start + size):
+            epoch, at = divmod(i, len(rows))
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.config.seed * 100_003 + epoch))
+            picked.append(rows[int(order[at])])
+        return picked
+
+    def threshold(self, step: int) -> float:
+        """mu(t) of eq. 14, or the curriculum option's."""
+        c = self.config
+        if c.curriculum == "none":
+            return 0.5
+        return curriculum_threshold(1 if c.curriculum == "fixed" else step, c.total_steps, c.initial_margin)
+
+    def feedback(self, scores: GroupScores, threshold: float, eligible: Tensor) -> Feedback:
+        """Eq. 4 and 15-17 with the rule's anchor; without one every eligible response is kept, on no side."""
+        rewards = scores.rewards.detach()
+        if self.rule.anchor is None:
+            nothing = torch.zeros_like(eligible)
+            return Feedback(rewards, None, Partition(eligible, nothing, nothing.any(1)))
+        if self.rule.anchor == "value":
+            anchors = self.reward_model.values(scores.prompt_hidden).detach()  # [B]
+        else:
+            anchors = (rewards * eligible).sum(1) / eligible.sum(1).clamp(min=1)  # [B]
+        return Feedback(rewards, anchors, partition(rm_advantages(rewards, anchors), threshold, eligible))
+
+
+def save_step(t: Trainer, step: int) -> tuple[dict[str, float], list[dict]]:
+    """One step of algorithms 1 and 2 (steps from 1): (metrics, the samples and what became of them)."""
+    c = t.config
+    seed_everything("step", c.seed, step)
+    clock = [time.perf_counter()]
+
+    # 1. Adaptive feedback filtering: sample; the filter is drawn with the scores of the next block's first forward
+    threshold = t.threshold(step)
+    rollout = sample(t.policy, t.tokenizer, t.batch(t.prompts, step, c.batch_size), c.group_size, c)
+    groups = encode_groups(t.reward_model, rollout)
+    clock.append(time.perf_counter())
+
+    # 2. Reward-model improvement: the contrastive loss on valid prompts, then the value head on all of them
+    before, rm_metrics = improve_reward_model(t, groups, rollout, threshold, step)
+    scores = score_groups(t.reward_model, groups, c)
+    check_finite(scores.rewards, rollout, step)
+    value_metrics = improve_value_head(t, scores)
+    clock.append(time.perf_counter())
+
+    # 3. Policy optimization: R, V and the filter of the updated reward model on the same responses
+    everyone = torch.ones_like(rollout.finished)
+    after = t.feedback(scores, threshold, everyone if c.length_filter == "reward_model" else rollout.finished)
+    policy_metrics = improve_policy(t, rollout, after, step)
+    clock.append(time.perf_counter())
+
+    seconds = dict(zip(("time/rollout", "time/reward_model", "time/policy"), np.diff(clock).tolist(), strict=True))
+    gold = rollout.gold().to(t.device)  # [B, G]
+    metrics = {"threshold": threshold} | rm_metrics | value_metrics | policy_metrics
+    metrics |= describe(before or after, after, gold, rollout) | seconds
+    return metrics, sample_rows(rollout, before or after, gold, step)
+
+
+def improve_reward_model(
+    t: Trainer, groups: list[Encoded], rollout: Rollout, threshold: float, step: int
+) -> tuple[Feedback | None, dict[str, float]]:
+    """Block 2 of the step, omega and phi: (R, V and filter of the reward model of step t-1, metrics).
+
+    Each micro-batch runs forward once; its loss is a sum over groups, and the gradients are divided by the number of
+    groups at the end, so that the mean is over the whole batch however it is cut. No feedback for rules that do not
+    look at the responses (frozen, offline_bt).
+    """
+    c, rule = t.config, t.rule
+    if rule.pairs:
+        for i in range(c.rm_steps):
+            pairs = t.batch(t.pairs, (step - 1) * c.rm_steps + i + 1, c.batch_size)
+            loss = bradley_terry_step(t.reward_model, pairs, t.reward_optimizer, c)
+        return None, {"rm/loss": loss}
+    if rule.loss is None:
+        return None, {}
+    filtered: list[Feedback] = []  # by micro-batch, from the first pass
+    for i in range(c.rm_steps):
+        total, count = 0.0, 0
+        for j, rows in enumerate(_micro_batches(len(groups), c)):
+            eligible = rollout.finished[rows]  # [b, G]
+            scores = _score_some(t.reward_model, groups[rows], c)
+            if i == 0:
+                check_finite(scores.rewards, rollout, step, rows)
+                filtered.append(t.feedback(scores, threshold, eligible))
+            part = filtered[j]
+            n = int(rule.groups(part.partition, eligible).sum())
+            if n:
+                loss = rule.loss(scores.rewards, part.anchors, part.partition, eligible) * n
+                loss.backward()
+                total, count = total + loss.item(), count + n
+        if count:
+            norm = apply_gradients(t.reward_optimizer, c.max_grad_norm, divisor=count)
+    metrics = {"rm/loss": total / count, "rm/grad_norm": norm} if count else {}
+    return _joined(filtered), metrics | {"rm/groups": count}
+
+
+def improve_value_head(t: Trainer, scores: GroupScores) -> dict[str, float]:
+    """Block 2 of the step, psi: lambda_V * L_V (eq. 21) on all prompts and all G responses."""
+    if t.rule.anchor != "value":
+        return {}
+    loss = t.config.value_loss_weight * value_loss(t.reward_model.values(scores.prompt_hidden), scores.rewards)
+    loss.backward()
+    apply_gradients(t.value_optimizer, t.config.max_grad_norm)
+    return {"value/loss": loss.item()}
+
+
+def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int) -> dict[str, float]:
+    """Block 3 of the step: one policy gradient step on the kept responses of the groups that keep at least two."""
+    c = t.config
+    used = feedback.kept & (feedback.kept.sum(1) >= 2)[:, None]  # [B, G]
+    if c.policy_groups == "both_signs":
+        used = used & feedback.partition.valid[:, None]
+    if c.freeze_policy or not used.any():
+        return {"policy/responses": 0}
+    rows = used.flatten().nonzero().squeeze(1)  # [n], flat indices of the responses that are learnt from
+    size = c.micro_batch_groups * c.group_size
+    mask = rollout.completion_mask.flatten(0, 1)  # [N, T]
+
+    def logprobs_of(model: nn.Module, chosen: Tensor) -> Tensor:  # [n, T]
+        return _pad_columns([completion_logprobs(model, rollout, part, c) for part in chosen.split(size)], mask.shape[1])
+
+    rewards = feedback.rewards
+    with torch.no_grad():
+        ref_logprobs = logprobs_of(t.reference, rows)
+        if not t.kl_in_loss and c.beta:
+            # statistics over all G need the penalised reward of every response of a used group
+            scored = rows if c.advantages_over == "kept" else used.any(1).repeat_interleave(c.group_size).nonzero().squeeze(1)
+            logprobs = logprobs_of(t.policy, scored)
+            references = ref_logprobs if scored is rows else logprobs_of(t.reference, scored)
+    if c.algo == "reinforce_pp":
+        beta = 0.0 if t.kl_in_loss else c.beta
+        lp = ref_logprobs if not beta else logprobs
+        advantages = reinforce_pp_advantages(rewards.flatten()[rows], lp, ref_logprobs, mask[rows], beta)  # [n, T]
+    else:
+        if not t.kl_in_loss and c.beta:
+            penalised = kl_penalized_rewards(rewards.flatten()[scored], logprobs, references, mask[scored], c.beta)
+            rewards = rewards.flatten().index_copy(0, scored, penalised).view_as(rewards)
+        advantages = policy_advantages(c.algo, rewards, used, c.advantages_over).flatten()[rows]  # [n]
+
+    weight_all = loss_weight(c.algo, mask[rows])
+    total, kl = 0.0, 0.0
+    for part in torch.arange(len(rows), device=rows.device).split(size):
+        logprobs = completion_logprobs(t.policy, rollout, rows[part], c)  # [m, T']
+        steps = logprobs.shape[1]
+        inside = mask[rows[part], :steps]
+        references = ref_logprobs[part, :steps]
+        given = advantages[part, :steps] if advantages.dim() == 2 else advantages[part]
+        loss = policy_loss(
+            c.algo, logprobs, logprobs.detach(), references, given, inside, beta=c.beta, kl_in_loss=t.kl_in_loss
+        ) * (loss_weight(c.algo, inside) / weight_all)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"step {step}: the policy loss is {loss.item()}; prompts: {_ids(rollout.prompts)}")
+        loss.backward()
+        total += loss.item()
+        kl += float(((logprobs.detach() - references) * inside).sum())
+    norm = apply_gradients(t.policy_optimizer, c.max_grad_norm)
+    return {
+        "policy/loss": total,
+        "policy/kl": kl / int(mask[rows].sum()),
+        "policy/grad_norm": norm,
+        "policy/responses": len(rows),
+    }
+
+
+def _pad_columns(parts: list[Tensor], width: int) -> Tensor:
+    return torch.cat([nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
+
+
+def _joined(parts: list[Feedback]) -> Feedback:
+    """The feedback of micro-batches as that of the batch."""
+    anchors = None if parts[0].anchors is None else torch.cat([p.anchors for p in parts])
+    sides = (torch.cat([getattr(p.partition, f) for p in parts]) for f in ("positive", "negative", "valid"))
+    return Feedback(torch.cat([p.rewards for p in parts]), anchors, Partition(*sides))
+
+
+def _ids(prompts: list[Prompt]) -> str:
+    return ", ".join(p.id for p in prompts[:4]) + (", ..." if len(prompts) > 4 else "")
+
+
+def check_finite(rewards: Tensor, rollout: Rollout, step: int, rows: slice = slice(None)) -> None:
+    """Raise NonFiniteError, naming the step and the prompts, before anything is updated with a reward that is no number."""
+    bad = (~torch.isfinite(rewards)).any(1).tolist()
+    if any(bad):
+        prompts = [p for p, b in zip(rollout.prompts[rows], bad, strict=True) if b]
+        raise NonFiniteError(
+            f"step {step}: the reward model gives a reward that is not finite; prompts: {_ids(prompts)}; "
+            "lower its learning rates (backbone_lr, reward_head_lr) and go on from the last checkpoint"
+        )
+
+
+# what a step tells
+
+
+def describe(before: Feedback, after: Feedback, gold: Tensor, rollout: Rollout) -> dict[str, float]:
+    """The metrics of a step, all means over the batch. `before`: with the reward model of step t-1; gold may be nan."""
+    part = before.partition
+    out = {
+        "reward/mean": after.rewards.mean().item(),
+        "reward/std_in_group": after.rewards.std(1).mean().item(),
+        "response/tokens": rollout.completion_lengths.float().mean().item(),
+        "response/unfinished": (~rollout.finished).float().mean().item(),
+        "policy/kept": after.kept.float().mean().item(),
+    }
+    known = ~torch.isnan(gold)
+    if known.any():
+        out["gold/success_rate"] = gold[known].mean().item()
+    if before.anchors is None:
+        return out
+    pull, push = net_forces(before.rewards, before.anchors, part)
+    out |= {
+        "filter/kept": before.kept.float().mean().item(),
+        "filter/positive": part.positive.float().mean().item(),
+        "filter/negative": part.negative.float().mean().item(),
+        "filter/valid_prompts": part.valid.float().mean().item(),
+        "value/mean": before.anchors.mean().item(),
+        "value/error": (before.anchors - before.rewards.mean(1)).abs().mean().item(),
+    }
+    if part.valid.any():
+        out |= {"force/pull": pull[part.valid].mean().item(), "force/push": push[part.valid].mean().item()}
+    judged = before.kept & known
+    if judged.any():
+        out["gold/pseudo_label_accuracy"] = (part.positive == (gold > 0.5))[judged].float().mean().item()
+    return out
+
+
+def sample_rows(rollout: Rollout, feedback: Feedback, gold: Tensor, step: int, groups: int = 2) -> list[dict]:
+    """The first groups' responses with R, V, a and their side, for samples.jsonl."""
+    rows = []
+    for b, prompt in enumerate(rollout.prompts[:groups]):
+        anchor = None if feedback.anchors is None else feedback.anchors[b].item()
+        for g, text in enumerate(rollout.texts[b]):
+            reward = feedback.rewards[b, g].item()
+            positive, kept = feedback.partition.positive[b, g].item(), feedback.kept[b, g].item()
+            side = "positive" if positive else "negative" if kept else "left out"
+            known = gold[b, g].item()
+            rows.append(
+                {
+                    "step": step, "prompt_id": prompt.id, "prompt": prompt.text, "response": text, "reward": reward,
+                    "value": anchor, "rm_advantage": None if anchor is None else reward - anchor,
+                    "side": side if anchor is not None else "kept" if kept else "left out",
+                    "gold": None if math.isnan(known) else known,
+                }
+            )  # fmt: skip
+    return rows

@@ -1,0 +1,276 @@
+"""Policy, reference and value-anchored reward model: loading, scoring, saving.
+
+Weights are always float32 (an update of lr 1e-7 is lost in bfloat16); on CUDA `autocast` computes in bfloat16.
+The models stay in eval mode: no dropout, so that the reward that filtered is the reward in the loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from savelib.config import Config, ConfigError
+from savelib.paths import resolve
+
+Messages = list[dict[str, str]]
+VALUE_HEAD_FILE = "value_head.safetensors"
+TEMPLATE_DATE = "26 Jul 2024"  # Llama 3 templates write today's date into the prompt; a score must not change with the day
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bfloat16 arithmetic on CUDA when asked for; nothing on CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and precision == "bfloat16")
+
+
+def load_tokenizer(source: str, field: str):
+    """A fast tokenizer with a chat template. Raises ConfigError naming the config field."""
+    if source.startswith(("/", ".", "~")) and not Path(resolve(source)).is_dir():
+        raise ConfigError(f"{field} = {source!r}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(source))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{field} = {source!r}: no tokenizer could be loaded: {_first_line(error)}") from None
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{field} = {source!r}: its tokenizer has no chat template; put a chat_template.jinja beside it, "
+            "or use an instruction-tuned model"
+        )
+    return tokenizer
+
+
+def render(tokenizer, messages: Messages, *, generation_prompt: bool = False) -> str:
+    """The conversation as the tokenizer's chat template writes it, with a fixed date."""
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=generation_prompt, date_string=TEMPLATE_DATE
+    )
+
+
+def load_policy(source: str, device: torch.device, field: str = "policy_model"):
+    """(causal LM in float32, tokenizer)."""
+    tokenizer = load_tokenizer(source, field)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve(source), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{field} = {source!r}: no causal language model could be loaded: {_first_line(error)}") from None
+    return model.to(device).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one forward of the reward model gives for N conversations."""
+
+    rewards: Tensor  # [N] float32
+    prompt_hidden: Tensor  # [N, H] float32, the hidden state that V reads
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N rendered conversations as token ids; masks come from lengths.
+
+    ids: token ids of each conversation; prompt_ends: index of the token that V reads.
+    """
+
+    ids: list[list[int]]
+    prompt_ends: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> Encoded:
+        return Encoded(self.ids[rows], self.prompt_ends[rows])
+
+
+class RewardModel(nn.Module):
+    """A scalar reward model and its value head: R = h_phi(f_omega(x, y)), V = v_psi(f_omega(x)).
+
+    R is read at the last token of the rendered conversation, V at the last prompt token. In a causal backbone both
+    come from one forward. A bidirectional one would let V see the response, so there V takes a forward of its own.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, value_head: str = "linear", value_position: str = "user_turn"):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.value_position, self.value_kind = value_position, value_head
+        width = model.config.get_text_config().hidden_size
+        out = nn.Linear(width, 1)
+        nn.init.zeros_(out.bias)
+        self.value_head = (
+            nn.Sequential(out) if value_head == "linear" else nn.Sequential(nn.Linear(width, width), nn.Tanh(), out)
+        )
+        self.value_head.to(model.device)
+        self.causal = hasattr(model, "score") and _is_causal(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head[-1].weight.device
+
+    def reward_head_parameters(self) -> list[nn.Parameter]:
+        """phi: everything of the classification model that is not its backbone."""
+        backbone = {id(p) for p in self.backbone_parameters()}
+        return [p for p in self.model.parameters() if id(p) not in backbone]
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """omega."""
+        return list(self.model.base_model.parameters())
+
+    # text -> ids
+
+    def encode(self, conversations: list[tuple[Messages, str]]) -> Encoded:
+        """Render (prompt messages, response) pairs by this model's own chat template.
+
+        Raises ConfigError for an empty prompt or response, or a conversation longer than the context.
+        """
+        ids, ends = [], []
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for messages, response in conversations:
+            row, end = self._encode_one(messages, response)
+            if limit and len(row) > limit:
+                raise ConfigError(
+                    f"reward_model: a conversation of {len(row)} tokens exceeds its context of {limit}; prompt: "
+                    f"{messages[-1]['content'][:60]!r}; shorten max_new_tokens or max_prompt_tokens"
+                )
+            ids.append(row)
+            ends.append(end)
+        return Encoded(ids, ends)
+
+    def _encode_one(self, messages: Messages, response: str) -> tuple[list[int], int]:
+        text = render(self.tokenizer, [*messages, {"role": "assistant", "content": response}])
+        prefix = render(self.tokenizer, messages, generation_prompt=self.value_position == "generation_prompt")
+        if not text.startswith(prefix):
+            raise ConfigError(
+                f"reward_model: the chat template does not render the prompt as a prefix of the conversation, so V has "
+                f"no token to read (value_position = {self.value_position!r}); prompt: {messages[-1]['content'][:60]!r}"
+            )
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # the template wrote the BOS
+        inside = [i for i, (_, stop) in enumerate(out["offset_mapping"]) if stop <= len(prefix)]
+        if self.value_position == "user_turn":  # the end-of-turn token: a tokenizer merges nothing with it
+            special = set(self.tokenizer.all_special_ids)
+            inside = [i for i in inside if out["input_ids"][i] in special and i > 0] or inside
+        return out["input_ids"], inside[-1]
+
+    # ids -> R, hidden state for V
+
+    def score(self, batch: Encoded) -> Scored:
+        """One forward over N conversations, right-padded (two for a bidirectional backbone)."""
+        lengths = torch.tensor([len(row) for row in batch.ids], device=self.device)  # [N]
+        ends = torch.tensor(batch.prompt_ends, device=self.device)  # [N]
+        width = int(lengths.max())
+        pad = self.model.config.get_text_config().pad_token_id or 0
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch.ids], device=self.device)  # [N, S]
+        where = torch.arange(width, device=self.device)
+        rows = torch.arange(len(batch), device=self.device)
+        mask = (where < lengths[:, None]).long()  # [N, S]
+        if self.causal:
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # [N, S, H]
+            rewards = self.model.score(hidden[rows, lengths - 1]).squeeze(-1)
+        else:
+            rewards = self.model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+            alone = (where <= ends[:, None]).long()
+            hidden = self.model.base_model(input_ids=ids, attention_mask=alone).last_hidden_state
+        return Scored(rewards.float(), hidden[rows, ends].float())
+
+    def values(self, prompt_hidden: Tensor) -> Tensor:
+        """V [N] of hidden states [N, H] that are not differentiated: L_V moves psi only."""
+        return self.value_head(prompt_hidden.detach()).squeeze(-1)
+
+    # files
+
+    def save(self, folder: str | Path) -> None:
+        """A folder that plain `AutoModelForSequenceClassification.from_pretrained` loads; the value head lies beside."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        save_file(
+            {k: v.contiguous().cpu() for k, v in self.value_head.state_dict().items()},
+            folder / VALUE_HEAD_FILE,
+            metadata={"value_head": self.value_kind, "value_position": self.value_position},
+        )
+
+
+@torch.no_grad()
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a token's hidden state is blind to what follows: measured, whatever the architecture says."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=model.device) % model.config.get_text_config().vocab_size
+    hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return torch.allclose(hidden[0, :2], hidden[1, :2], atol=1e-4)
+
+
+def load_reward_model(source: str, config: Config, device: torch.device) -> RewardModel:
+    """A reward model from a hub id or folder, float32, with its value head if one lies beside it.
+
+    A causal LM without a reward head gets one of zeros (stage 1 trains it).
+    Raises ConfigError for a model with more than one label, none at all, or no chat template.
+    """
+    tokenizer = load_tokenizer(source, "reward_model")
+    path = resolve(source)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=_labels(path), dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"reward_model = {source!r}: cannot be loaded: {_first_line(error)}") from None
+    if model.config.num_labels != 1:
+        raise ConfigError(
+            f"reward_model = {source!r} has {model.config.num_labels} labels; a scalar reward model has exactly 1"
+        )
+    if model.config.get_text_config().pad_token_id is None and tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    new_head = any("score" in key or "classifier" in key for key in info["missing_keys"])
+    model = model.to(device).eval()
+    rm = RewardModel(model, tokenizer, value_head=config.value_head, value_position=config.value_position)
+    if new_head:
+        for parameter in rm.reward_head_parameters():
+            nn.init.zeros_(parameter)
+    head_file = Path(path) / VALUE_HEAD_FILE
+    if head_file.is_file():
+        with safe_open(head_file, "pt") as f:
+            made = f.metadata()
+        wanted = {"value_head": config.value_head, "value_position": config.value_position}
+        if made != wanted:
+            raise ConfigError(f"{head_file}: its value head was made with {made}, this run asks for {wanted}")
+        rm.value_head.load_state_dict(load_file(head_file))
+    return rm
+
+
+def _labels(path: str) -> int:
+    """1 for a causal LM that is to become a reward model; what its config says for a classifier."""
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(path)
+    classifier = any("SequenceClassification" in name for name in found.architectures or [])
+    return found.num_labels if classifier else 1
+
+
+@contextlib.contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Within the block the modules' parameters take no gradient."""
+    touched = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for p in touched:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in touched:
+            p.requires_grad_(True)

@@ -1,0 +1,54 @@
+"""Where savelib keeps what it builds, and how a folder comes to be whole or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder of everything built once and reused: `$SAVE_CACHE`, else `~/.cache/savelib`. Not created here."""
+    return Path(os.environ.get("SAVE_CACHE") or "~/.cache/savelib").expanduser()
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; rename it to `target` on success, remove it on any error.
+
+    Builders may race: the first rename wins, the others drop their copy.
+    Pitfall: a non-empty folder that is already at `target` stays, and what was written here is dropped.
+    """
+    target = Path(target)
+    folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        try:
+            os.replace(folder, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def project_root() -> Path:
+    """The checkout that holds savelib, or the working directory where savelib is installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() else Path.cwd()
+
+
+def runs_dir() -> Path:
+    """Folder of all runs: `$SAVE_RUNS`, else `runs/` of the checkout. Not created here."""
+    return Path(os.environ.get("SAVE_RUNS") or project_root() / "runs").expanduser()
+
+
+def resolve(source: str) -> str:
+    """A file or folder as given, else as seen from the checkout, so that notebooks run from anywhere; else a hub id."""
+    given = Path(source).expanduser()
+    for path in (given, project_root() / given):
+        if path.exists():
+            return str(path)
+    return source

@@ -1,0 +1,161 @@
+"""Policy advantages, KL estimators and losses: GRPO, GSPO, RLOO equal to TRL's, REINFORCE++ as OpenRLHF defines it.
+
+Shapes: groups [B, G]; rows N are responses, T their completion tokens. Rows that should not teach are left out
+before the loss. Where the KL is not in the loss, it is subtracted from the reward before the advantages.
+"""
+
+import torch
+from torch import Tensor
+
+ALGORITHMS = ("grpo", "gspo", "rloo", "reinforce_pp")
+CLIP = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "rloo": (0.2, 0.2), "reinforce_pp": (0.2, 0.2)}  # (low, high)
+KL_IN_LOSS = {"grpo": True, "gspo": True, "rloo": False, "reinforce_pp": False}  # False: in the reward
+
+
+def _check_algorithm(algo: str) -> None:
+    if algo not in ALGORITHMS:
+        raise ValueError(f"algo {algo!r}: choose one of {', '.join(ALGORITHMS)}")
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """KL estimator k1 = log pi - log ref for each token; its mean over samples of pi is KL(pi || ref).
+
+    logprobs, ref_logprobs: same shape -> that shape; single tokens may be negative.
+    Pitfall: for rewards only. Its gradient has mean zero, so as a loss it restrains nothing.
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """KL estimator k3 = ref/pi - 1 - log(ref/pi) for each token, never negative; its mean too is KL(pi || ref).
+
+    logprobs, ref_logprobs: same shape -> that shape.
+    Pitfall: the ratio is ref/pi for samples of pi; turned round it estimates something else.
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
+
+
+@torch.no_grad()
+def policy_advantages(algo: str, rewards: Tensor, kept: Tensor, over: str = "kept") -> Tensor:
+    """Group advantages: GRPO, GSPO (r - mean) / (std + 1e-4), unbiased std; RLOO r - mean of the others.
+
+    rewards [B, G], kept [B, G] bool -> [B, G], no graph; 0 where not kept and where fewer than 2 are kept.
+    over: the statistics are those of the "kept" responses of the group, or of "all" G. ValueError for another value,
+    and for reinforce_pp, which has no group statistics.
+    """
+    _check_algorithm(algo)
+    if algo == "reinforce_pp":
+        raise ValueError("algo 'reinforce_pp' has no group advantages: use reinforce_pp_advantages")
+    if over not in ("kept", "all"):
+        raise ValueError(f"over {over!r}: choose one of kept, all")
+    kept = kept.bool()
+    counted = kept if over == "kept" else torch.ones_like(kept)  # [B, G]
+    count = counted.sum(1, keepdim=True)  # [B, 1]
+    mean = rewards.masked_fill(~counted, 0.0).sum(1, keepdim=True) / count.clamp(min=1)  # [B, 1]
+    centred = rewards - mean  # [B, G]
+    if algo == "rloo":  # r - (sum - r) / (n - 1) = n / (n - 1) * (r - mean)
+        advantages = centred * count / (count - 1).clamp(min=1)
+    else:
+        variance = centred.masked_fill(~counted, 0.0).square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
+        advantages = centred / (variance.sqrt() + 1e-4)
+    return advantages.masked_fill(~kept | (kept.sum(1, keepdim=True) < 2), 0.0)
+
+
+@torch.no_grad()
+def kl_penalized_rewards(
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, completion_mask: Tensor, beta: float
+) -> Tensor:
+    """KL in the reward, as in TRL's RLOO: r - beta * (sum of k1 over the response), before `policy_advantages`.
+
+    rewards [B, G] or [N], row b * G + g of the others being response g of prompt b; logprobs (of the policy that
+    sampled), ref_logprobs, completion_mask [N, T] -> shape of rewards, no graph.
+    """
+    kl = kl_k1(logprobs, ref_logprobs).masked_fill(~completion_mask.bool(), 0.0).sum(1)  # [N]
+    return rewards - beta * kl.view_as(rewards)
+
+
+@torch.no_grad()
+def reinforce_pp_advantages(
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, completion_mask: Tensor, beta: float
+) -> Tensor:
+    """REINFORCE++ (OpenRLHF's `reinforce`): -beta * k1 at each token, the reward at the last, reward-to-go, whitened.
+
+    rewards [N]; logprobs (of the policy that sampled), ref_logprobs, completion_mask [N, T] -> [N, T], no graph, 0
+    outside the mask. gamma 1; k1 is clamped to +-10; mean and biased variance over all tokens of the mask.
+    Pitfall: the whitening is global, so give it the whole batch, not a slice. With the KL in the loss, beta is 0 here.
+    """
+    mask = completion_mask.bool()  # [N, T]
+    kl = kl_k1(logprobs, ref_logprobs).masked_fill(~mask, 0.0).clamp(-10, 10)
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))  # [N, T], one True a row
+    token_rewards = torch.where(last, rewards.reshape(-1, 1), 0.0) - beta * kl
+    returns = token_rewards.flip(1).cumsum(1).flip(1)  # [N, T]
+    mean = returns[mask].mean()
+    variance = (returns[mask] - mean).square().mean()
+    return ((returns - mean) * variance.clamp(min=1e-8).rsqrt()).masked_fill(~mask, 0.0)
+
+
+def policy_loss(
+    algo: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    beta: float,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    kl_in_loss: bool | None = None,
+) -> Tensor:
+    """Clipped policy loss -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), plus beta * k3 where the KL is in the loss.
+
+    | algo         | ratio w                          | mean                               | KL by default |
+    | grpo         | of each token                    | of a row's tokens, then of rows    | loss          |
+    | gspo         | exp(mean log-ratio of the row)   | of a row's tokens, then of rows    | loss          |
+    | rloo         | exp(sum of the row's log-ratios) | of rows; the row's KL is a sum     | reward        |
+    | reinforce_pp | of each token, log within +-20   | of all tokens                      | reward        |
+
+    logprobs, old_logprobs, completion_mask [N, T]; ref_logprobs [N, T], or None where the KL is not in the loss;
+    advantages [N], for reinforce_pp [N, T] -> scalar. None for the other options takes `CLIP` and `KL_IN_LOSS`.
+    Pitfall: beta acts here only if kl_in_loss; otherwise it must already be in the rewards.
+    """
+    _check_algorithm(algo)
+    shape = logprobs.shape if algo == "reinforce_pp" else logprobs.shape[:1]
+    if advantages.shape != shape:
+        raise ValueError(f"advantages: shape {tuple(advantages.shape)}, but {algo} needs {tuple(shape)} here")
+    clip_low = CLIP[algo][0] if clip_low is None else clip_low
+    clip_high = CLIP[algo][1] if clip_high is None else clip_high
+    kl_in_loss = KL_IN_LOSS[algo] if kl_in_loss is None else kl_in_loss
+
+    padding = ~completion_mask.bool()  # [N, T]
+    lengths = (~padding).sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(padding, 0.0)  # [N, T]
+    if algo == "gspo":
+        log_ratio = log_ratio.sum(1, keepdim=True) / lengths  # [N, 1]
+    elif algo == "rloo":
+        log_ratio = log_ratio.sum(1, keepdim=True)  # [N, 1]
+    elif algo == "reinforce_pp":
+        log_ratio = log_ratio.clamp(-20, 20)
+    ratio = log_ratio.exp()
+    advantages = advantages.view(len(advantages), -1)  # [N, 1] or [N, T]
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # [N, 1] or [N, T]
+
+    kl = torch.zeros_like(logprobs)  # [N, T]
+    if kl_in_loss and beta:
+        kl = beta * kl_k3(logprobs.masked_fill(padding, 0.0), ref_logprobs.masked_fill(padding, 0.0))
+    if algo == "rloo":
+        return (loss.squeeze(1) + kl.sum(1)).mean()
+    loss = (loss + kl).masked_fill(padding, 0.0)  # [N, T]
+    if algo == "reinforce_pp":
+        return loss.sum() / (~padding).sum().clamp(min=1)
+    return (loss.sum(1) / lengths.squeeze(1)).mean()
+
+
+def loss_weight(algo: str, completion_mask: Tensor) -> float:
+    """The weight of a slice's `policy_loss`: sum(weight * loss) / sum(weight) over slices is the loss of all rows.
+
+    completion_mask [n, T] of the slice -> its rows, for reinforce_pp its tokens.
+    """
+    _check_algorithm(algo)
+    return float(completion_mask.bool().sum() if algo == "reinforce_pp" else len(completion_mask))

@@ -1,0 +1,158 @@
+"""A run is a folder: config.yaml first, metrics.jsonl and samples.jsonl as it goes, manifest.json last."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from savelib import __version__
+from savelib.config import Config, ConfigError, make_config
+from savelib.paths import project_root, runs_dir
+
+
+def new_run_id(config: Config) -> str:
+    """The config's run_id, or one made of profile, rule, algorithm, seed and the time in UTC."""
+    made = f"{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return config.run_id or made
+
+
+class RunLog:
+    """Writes a run's files. `with RunLog.create(config) as log:` writes the manifest at the end, whatever happened."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, time.time()
+
+    @classmethod
+    def create(cls, config: Config) -> RunLog:
+        """Start the run's folder. Raises ConfigError when it already holds a run; nothing is overwritten."""
+        folder = runs_dir() / config.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / "config.yaml", "x") as file:
+                file.write(config.to_yaml())
+        except FileExistsError:
+            raise ConfigError(
+                f"run_id = {config.run_id!r}: {folder} already holds a run; choose another run_id, "
+                "or go on with it by resume=auto"
+            ) from None
+        return cls(folder)
+
+    @classmethod
+    def resume(cls, config: Config, step: int) -> RunLog:
+        """Go on in the run's folder after `step` (-1: from the start), dropping the lines beyond it."""
+        folder = runs_dir() / config.run_id
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [row for row in read_jsonl(folder / name) if row["step"] <= step]
+            _write_atomically(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        (folder / "manifest.json").unlink(missing_ok=True)
+        return cls(folder)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one line: the step, seconds since the start, and every value."""
+        row = {"step": step, "seconds": round(time.time() - self.started, 3)} | values
+        _append(self.folder / "metrics.jsonl", [row])
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        _append(self.folder / "samples.jsonl", rows)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        status = "done" if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+        manifest = {
+            "status": status,
+            "error": None if error is None else f"{kind.__name__}: {error}",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self.started, 1),
+            "savelib": __version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "packages": {p: _version(p) for p in ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        }
+        _write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+` behind it where tracked files were changed; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# reading
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSONL file; a last line that a killed writer left unfinished is passed over."""
+    if not path.is_file():
+        return []
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run given by id or path. Raises ConfigError naming the runs that there are."""
+    for folder in (Path(run), runs_dir() / run):
+        if (folder / "config.yaml").is_file():
+            return folder
+    known = [f.parent.name for f in sorted(runs_dir().glob("*/config.yaml"))]
+    raise ConfigError(f"run {str(run)!r} not found in {runs_dir()}; there are: {', '.join(known) or 'none yet'}")
+
+
+def read_config(run: str | Path) -> Config:
+    values = yaml.safe_load((run_folder(run) / "config.yaml").read_text())
+    return make_config(**values)
+
+
+def read_metrics(run: str | Path) -> pd.DataFrame:
+    """metrics.jsonl, one row a step; step 0 is the evaluation before training."""
+    return pd.DataFrame(read_jsonl(run_folder(run) / "metrics.jsonl"))
+
+
+def read_samples(run: str | Path) -> pd.DataFrame:
+    return pd.DataFrame(read_jsonl(run_folder(run) / "samples.jsonl"))
+
+
+def read_manifest(run: str | Path) -> dict[str, Any]:
+    """manifest.json; status `running` where it is not written yet (or the process was killed)."""
+    path = run_folder(run) / "manifest.json"
+    return json.loads(path.read_text()) if path.is_file() else {"status": "running"}

@@ -1,0 +1,63 @@
+"""One run from its config to its folder: stages, loop, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from savelib.checkpoint import latest_checkpoint, load_optimizers, save_checkpoint, save_models
+from savelib.config import Config, ConfigError
+from savelib.evaluation import evaluate
+from savelib.loop import Trainer, save_step
+from savelib.paths import runs_dir
+from savelib.runlog import RunLog, new_run_id, read_config, read_manifest
+
+
+def train(config: Config) -> Path:
+    """Run SAVE to the end; returns the run's folder with config, metrics, samples, manifest and both final models.
+
+    Raises ConfigError for bad input, NonFiniteError when a reward or loss is no number.
+    """
+    config = config.model_copy(update={"run_id": new_run_id(config)})
+    folder = runs_dir() / config.run_id
+    started = (folder / "config.yaml").exists()
+    if started and config.resume == "auto":
+        _check_same(config, folder)
+        if read_manifest(folder)["status"] == "done":
+            print(f"{folder} is already done", flush=True)
+            return folder
+        step, checkpoint = latest_checkpoint(folder) or (-1, None)
+        log = RunLog.resume(config, step)
+    else:
+        step, checkpoint = -1, None
+        log = RunLog.create(config)  # refuses a folder that holds a run
+    with log:
+        models = (str(checkpoint / "policy"), str(checkpoint / "reward_model")) if checkpoint else None
+        t = Trainer(config, models)
+        if checkpoint:
+            load_optimizers(t, checkpoint)
+            print(f"going on after step {step} from {checkpoint}", flush=True)
+        else:
+            log.metrics(0, evaluate(t))
+        for step in range(max(step, 0) + 1, config.total_steps + 1):
+            metrics, samples = save_step(t, step)
+            last = step == config.total_steps
+            if last or (config.eval_every and step % config.eval_every == 0):
+                metrics |= evaluate(t)
+            if t.device.type == "cuda":
+                metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated(t.device) / 2**30
+            log.samples(samples)
+            log.metrics(step, metrics)
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
+                save_checkpoint(t, step, folder)
+        save_models(t, folder)
+    return folder
+
+
+def _check_same(config: Config, folder: Path) -> None:
+    """ConfigError if the run to go on with was made by another configuration."""
+    made, wanted = read_config(folder).model_dump(), config.model_dump()
+    changed = [k for k in wanted if made[k] != wanted[k] and k not in ("resume", "device")]
+    if changed:
+        raise ConfigError(f"run_id = {config.run_id!r} was made with other values of {', '.join(changed)}; give the same")
