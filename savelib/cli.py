@@ -21,6 +21,10 @@ def fail(error: Exception | str) -> None:
     raise typer.Exit(2)
 
 
+def _made(profile: str | None, file: Path | None, pairs: list[str]) -> Config:
+    return make_config(file=file, **({"profile": profile} if profile else {}) | _values(pairs))
+
+
 def _values(pairs: list[str]) -> dict:
     """name=value texts -> typed values, as YAML reads them (1e-6 is a number too)."""
     out = {}
@@ -48,7 +52,7 @@ def train(
     from savelib.train import train as run
 
     try:
-        print(run(make_config(profile, config, **_values(set_))))
+        print(run(_made(profile, config, set_)))
     except (ConfigError, NonFiniteError, ModuleNotFoundError) as error:
         fail(error)
 
@@ -61,7 +65,7 @@ def show_config(
 ) -> None:
     """Print every field of a configuration: value, place in the paper, meaning."""
     try:
-        made = make_config(profile, config, **_values(set_))
+        made = _made(profile, config, set_)
     except ConfigError as error:
         fail(error)
     for name, field in Config.model_fields.items():

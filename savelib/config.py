@@ -139,9 +139,11 @@ class Config(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _resumable(self) -> Config:
+    def _consistent(self) -> Config:
         if self.resume == "auto" and not self.run_id:
             raise ValueError("resume=auto needs run_id, the run to go on with")
+        if self.policy_groups == "both_signs" and not RULES[self.rule].anchor:
+            raise ValueError(f"policy_groups=both_signs needs a rule with an anchor, and rule {self.rule!r} has none")
         return self
 
     def only(self, *names: str) -> dict[str, Any]:
@@ -179,8 +181,8 @@ PROFILES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_config(profile: str | None = None, file: str | Path | None = None, **values: Any) -> Config:
-    """Config from a profile, a YAML file and explicit values, the later ones winning.
+def make_config(file: str | Path | None = None, **values: Any) -> Config:
+    """Config from a profile (default tiny), a YAML file and explicit values, the later ones winning.
 
     Raises ConfigError naming each bad field with its value and the valid names or values.
     """
@@ -193,7 +195,7 @@ def make_config(profile: str | None = None, file: str | Path | None = None, **va
         if not isinstance(merged, dict):
             raise ConfigError(f"config file {str(file)!r} must hold 'name: value' lines, not a {type(merged).__name__}")
     merged |= values
-    profile = profile or merged.get("profile") or "tiny"
+    profile = merged.get("profile") or "tiny"
     check_names(merged, Config.model_fields)
     base = PROFILES.get(profile, {}) if isinstance(profile, str) else {}
     try:

@@ -19,7 +19,7 @@ def rm_advantages(rewards: Tensor, values: Tensor) -> Tensor:
     """
     if rewards.ndim != 2 or values.shape != rewards.shape[:1]:
         raise ValueError(
-            f"values: shape {tuple(values.shape)} with rewards {tuple(rewards.shape)}; give rewards [B, G] and values [B]"
+            f"values: shape {tuple(values.shape)}, rewards {tuple(rewards.shape)}; give rewards [B, G] and values [B]"
         )
     return rewards - values[:, None]
 

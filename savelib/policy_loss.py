@@ -1,7 +1,14 @@
 """Policy advantages, KL estimators and losses: GRPO, GSPO, RLOO equal to TRL's, REINFORCE++ as OpenRLHF defines it.
 
-Shapes: groups [B, G]; rows N are responses, T their completion tokens. Rows that should not teach are left out
-before the loss. Where the KL is not in the loss, it is subtracted from the reward before the advantages.
+Shapes: groups [B, G]; rows N are responses, T their completion tokens. Rows that should not teach are left out before
+the loss. Where the KL is not in the loss, it is subtracted from the reward before the advantages.
+
+| algo         | ratio w                          | mean in the loss                   | KL by default |
+|--------------|----------------------------------|------------------------------------|---------------|
+| grpo         | of each token                    | of a row's tokens, then of rows    | k3, loss      |
+| gspo         | exp(mean log-ratio of the row)   | of a row's tokens, then of rows    | k3, loss      |
+| rloo         | exp(sum of the row's log-ratios) | of rows; a row's KL is a sum       | k1, reward    |
+| reinforce_pp | of each token, log within +-20   | of all tokens                      | k1, reward    |
 """
 
 import torch
@@ -30,7 +37,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """KL estimator k3 = ref/pi - 1 - log(ref/pi) for each token, never negative; its mean too is KL(pi || ref).
 
     logprobs, ref_logprobs: same shape -> that shape.
-    Pitfall: the ratio is ref/pi for samples of pi; turned round it estimates something else.
+    Pitfall: on samples of pi its gradient is that of KL(ref || pi); times the ratio pi/pi_old it is KL(pi || ref)'s.
     """
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
@@ -107,20 +114,18 @@ def policy_loss(
     clip_low: float | None = None,
     clip_high: float | None = None,
     kl_in_loss: bool | None = None,
+    kl_times_ratio: bool = False,
 ) -> Tensor:
-    """Clipped policy loss -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), plus beta * k3 where the KL is in the loss.
-
-    | algo         | ratio w                          | mean                               | KL by default |
-    | grpo         | of each token                    | of a row's tokens, then of rows    | loss          |
-    | gspo         | exp(mean log-ratio of the row)   | of a row's tokens, then of rows    | loss          |
-    | rloo         | exp(sum of the row's log-ratios) | of rows; the row's KL is a sum     | reward        |
-    | reinforce_pp | of each token, log within +-20   | of all tokens                      | reward        |
+    """Clipped policy loss: mean of -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A) + beta * k3 (see the table above).
 
     logprobs, old_logprobs, completion_mask [N, T]; ref_logprobs [N, T], or None where the KL is not in the loss;
-    advantages [N], for reinforce_pp [N, T] -> scalar. None for the other options takes `CLIP` and `KL_IN_LOSS`.
+    advantages [N], for reinforce_pp [N, T] -> scalar. clip_low, clip_high, kl_in_loss: None takes `CLIP`, `KL_IN_LOSS`.
+    kl_times_ratio: k3 is weighted by w, TRL's `use_bias_correction_kl` (its default from 1.10 on, DeepSeek-V3.2's KL).
     Pitfall: beta acts here only if kl_in_loss; otherwise it must already be in the rewards.
     """
     _check_algorithm(algo)
+    if len(logprobs) == 0:
+        raise ValueError("logprobs: no rows; leave the policy update out when no response is kept")
     shape = logprobs.shape if algo == "reinforce_pp" else logprobs.shape[:1]
     if advantages.shape != shape:
         raise ValueError(f"advantages: shape {tuple(advantages.shape)}, but {algo} needs {tuple(shape)} here")
@@ -144,6 +149,7 @@ def policy_loss(
     kl = torch.zeros_like(logprobs)  # [N, T]
     if kl_in_loss and beta:
         kl = beta * kl_k3(logprobs.masked_fill(padding, 0.0), ref_logprobs.masked_fill(padding, 0.0))
+        kl = kl * ratio if kl_times_ratio else kl
     if algo == "rloo":
         return (loss.squeeze(1) + kl.sum(1)).mean()
     loss = (loss + kl).masked_fill(padding, 0.0)  # [N, T]

