@@ -1,7 +1,7 @@
 # SAVE workbook. `make` lists the targets; `make train` and `make test` each install what they need first.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --durations=10
 PARAMETERS = $(if $(ALGO),-p algo=$(ALGO)) $(if $(PROFILE),-p profile=$(PROFILE)) $(if $(RULE),-p rule=$(RULE)) \
              $(if $(SEED),-p seed=$(SEED)) $(ARGS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,10 @@ def train(
     set_: Pairs = [],  # noqa: B006
 ) -> None:
     """Run SAVE in this process; the result is a folder under runs/."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, imported by accelerate, says that it found none
     from savelib.loop import NonFiniteError
     from savelib.train import train as run
 

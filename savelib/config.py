@@ -57,6 +57,7 @@ class Config(BaseModel):
     prompts: str = _field("openbmb/UltraFeedback", "section 4.1", "RL prompts: hub id, .jsonl[.gz], .parquet, or embedded")
     eval_preferences: str = _field("", "ours", "held-out pairs; empty: the last tenth of preferences")
     eval_prompts_source: str = _field("", "ours", "held-out prompts; empty: the last tenth of prompts")
+    bad_rows: Literal["error", "skip"] = _field("error", "ours", "a row with an empty or odd field: stop, or leave it out")
     prompt_selection: Literal["responses_fit", "responses_exceed", "all"] = _field(
         "responses_fit", "section 4.1, open", "keep prompts whose dataset responses fit in (or exceed) max_new_tokens"
     )

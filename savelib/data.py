@@ -13,17 +13,18 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from savelib import instructions, world
 from savelib.config import Config, ConfigError
 from savelib.models import Messages, load_tokenizer
 from savelib.paths import resolve
 
+T = TypeVar("T")
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -70,14 +71,15 @@ def load_preferences(source: str, config: Config) -> list[Preference]:
             world_seed=config.world_seed, label_noise=config.label_noise, seed=config.seed, start_share=config.start_share
         )
         return [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs]
-    return [_preference(row, where) for where, row in _rows(source, "preferences", "train_prefs")]
+    return _converted(_rows(source, "preferences", "train_prefs"), _preference, config)
 
 
 def load_prompts(source: str, config: Config) -> list[Prompt]:
     """All prompts of a source, in its order, after prompt_selection. Raises ConfigError as load_preferences."""
     if source == "embedded":
         return [Prompt(p, _messages(p), embedded=True) for p in world.train_prompts()]
-    prompts = [_prompt(row, where) for where, row in _rows(source, "prompts", "train") if _selected(row, config)]
+    rows = (r for r in _rows(source, "prompts", "train") if _selected(r[1], config))
+    prompts = _converted(rows, _prompt, config)
     if not prompts:
         raise ConfigError(f"prompts = {source!r}: none left by prompt_selection = {config.prompt_selection!r}")
     return prompts
@@ -176,6 +178,21 @@ def _hub_rows(source: str, field: str, split: str) -> Iterator[tuple[str, dict[s
 # rows -> the internal form
 
 
+def _converted(rows: Iterable[tuple[str, dict[str, Any]]], convert: Callable[[dict, str], T], config: Config) -> list[T]:
+    """Every row converted; a row with bad content is an error, or under bad_rows=skip left out and counted aloud."""
+    good, bad = [], []
+    for where, row in rows:
+        try:
+            good.append(convert(row, where))
+        except ConfigError as error:
+            if config.bad_rows == "error":
+                raise ConfigError(f"{error}; mend the row, or set bad_rows=skip to leave such rows out") from None
+            bad.append(str(error))
+    if bad:
+        print(f"left out {len(bad)} of {len(good) + len(bad)} rows, the first: {bad[0]}", flush=True)
+    return good
+
+
 def _messages(prompt: str) -> Messages:
     return [{"role": "user", "content": prompt}]
 
@@ -210,7 +227,9 @@ def _transcript(text: str) -> Messages:
 def _preference(row: dict[str, Any], where: str) -> Preference:
     chosen, rejected = _column(row, ["chosen"], where), _column(row, ["rejected"], where)
     if isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen) and _TURN.match(rejected):
-        chosen, rejected = _transcript(chosen), _transcript(rejected)  # the last turn is the response
+        chosen, rejected = _transcript(chosen), _transcript(rejected)
+    if isinstance(chosen, list) and isinstance(rejected, list) and chosen[:-1] != rejected[:-1]:
+        raise ConfigError(f"{where}: 'chosen' and 'rejected' do not answer the same prompt")
     prompt = row.get("prompt")
     if prompt is None and isinstance(chosen, list):
         prompt = chosen[:-1]

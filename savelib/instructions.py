@@ -1,178 +1,206 @@
 """Short instructions whose fulfilment code can check: real prompts with a verifiable gold, in the manner of IFEval."""
 
-from __future__ import annotations
-
 import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-WORD = re.compile(r"\w+(?:['’-]\w+)*")
-LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
+PAIRED = 1 / 3  # share of prompts with two constraints
+
+TOPICS = (
+    "the sea", "the rain", "winter", "a cat", "a dog", "the moon", "the sun", "a river", "a mountain", "bread", "coffee",
+    "music", "a garden", "an old house", "a train", "a good book", "friendship", "the snow", "a forest", "the city",
+    "breakfast", "sleep", "a birthday", "the night sky", "a bicycle", "school", "a teacher", "the wind", "an apple",
+    "spring", "a market", "the desert", "a bird", "a holiday", "a storm", "time", "a doctor", "an island", "tea", "fire",
+)  # fmt: skip
+
+TASKS = {
+    "tell": (
+        "Write one short sentence about {topic}.",
+        "Describe {topic} in one short sentence.",
+        "Tell me one short fact about {topic}.",
+        "Write a short line of a poem about {topic}.",
+    ),
+    "complete": ("Complete the sentence: {topic} is like ...", "Complete the sentence: {topic} is not ..."),
+    "ask": ("Write one short question about {topic}.", "Ask me a short question about {topic}."),
+    "greet": ("Say hello to {topic}.", "Cheer for {topic}!"),
+    "list": ("Name some words that go with {topic}.", "Write a short list of things about {topic}."),
+}
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of constraint: its wording, the values its argument is drawn from, its checker, what it is about."""
+class Kind(NamedTuple):
+    """One kind of constraint: its wording and its checker, drawn and described from the same place."""
 
-    about: str  # two constraints of one prompt never share this
+    topic: str  # what it constrains; the two constraints of one prompt differ in this
     text: str
+    tasks: tuple[str, ...]  # the keys of TASKS it is put to
     argument: str | None
-    values: tuple
+    values: tuple  # what the argument is drawn from
     holds: Callable[..., bool]
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def _kind(about: str, text: str, **argument: tuple) -> Callable:
-    """Enter the decorated checker in KINDS: `text` says to the model what the function checks."""
-    (name, values), *_ = [*argument.items(), (None, ())]
+def _kind(topic: str, text: str, tasks: str = "tell", **argument: Sequence) -> Callable:
+    """Enter the decorated checker in KINDS under its own name; `text` tells the model what the function checks."""
+    name, values = next(iter(argument.items()), (None, ()))
 
     def enter(holds: Callable[..., bool]) -> Callable[..., bool]:
-        KINDS[holds.__name__] = Kind(about, text, name, tuple(values), holds)
+        KINDS[holds.__name__] = Kind(topic, text, tuple(tasks.split()), name, tuple(values), holds)
         return holds
 
     return enter
 
 
 def _words(text: str) -> list[str]:
-    return WORD.findall(text.casefold())
+    """Words in lower case; an apostrophe or a hyphen inside a word does not end it."""
+    return re.findall(r"\w+(?:['’-]\w+)*", text.casefold())
 
 
-@_kind("length", "Use exactly {n} words.", n=range(3, 9))
+@_kind("length", "Use exactly {n} words.", "complete", n=range(5, 8))
 def exact_words(response: str, n: int) -> bool:
     return len(_words(response)) == n
 
 
-@_kind("length", "Use at most {n} words.", n=range(5, 16))
+@_kind("length", "Use at most {n} words.", "tell complete ask", n=range(6, 13))
 def max_words(response: str, n: int) -> bool:
     return len(_words(response)) <= n
 
 
-@_kind("length", "Use at least {n} words.", n=range(8, 16))
+@_kind("length", "Use at least {n} words.", "tell", n=range(12, 19))
 def min_words(response: str, n: int) -> bool:
     return len(_words(response)) >= n
 
 
-@_kind("length", "Answer with a single word.")
-def one_word(response: str) -> bool:
-    return len(_words(response)) == 1
-
-
-@_kind("length", "Write exactly {n} sentences.", n=range(2, 4))
+@_kind("length", "Write exactly {n} sentences.", "greet", n=(2,))
 def sentences(response: str, n: int) -> bool:
-    return len(re.findall(r"[.!?]+(?=\s|$)", response)) == n
+    return len(re.findall(r"[.!?]+[\"”)]*(?=\s|$)", response)) == n
 
 
-@_kind("length", "Give a list of exactly {n} items, one item per line.", n=range(2, 6))
+@_kind("length", "Give exactly {n} items, one on each line.", "list", n=range(2, 5))
 def list_items(response: str, n: int) -> bool:
-    return len(LIST_ITEM.findall(response)) == n
-
-
-@_kind("length", "Write {n} lines.", n=range(2, 4))
-def lines(response: str, n: int) -> bool:
-    return len([line for line in response.splitlines() if line.strip()]) == n
+    return len(re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+\S", response, re.MULTILINE)) == n
 
 
 @_kind("start", 'Start with the word "{word}".', word=("Today", "Every", "When", "If", "Many", "Sometimes", "My"))
 def starts_with(response: str, word: str) -> bool:
-    return _words(response)[:1] == [word.casefold()]
+    return _words(response)[0] == word.casefold()
 
 
-@_kind("end", 'End with the word "{word}".', word=("day", "world", "life", "home", "night", "friend", "forever"))
+@_kind("end", 'End with the word "{word}".', word=("day", "world", "life", "home", "night", "friend", "light"))
 def ends_with(response: str, word: str) -> bool:
-    return _words(response)[-1:] == [word.casefold()]
+    return _words(response)[-1] == word.casefold()
 
 
-@_kind("end", "End with a question mark.")
+@_kind("end", "End with a question mark.", "ask")
 def question(response: str) -> bool:
     return response.endswith("?")
 
 
-@_kind("end", "End with an exclamation mark.")
+@_kind("end", "End with an exclamation mark.", "greet")
 def exclamation(response: str) -> bool:
     return response.endswith("!")
 
 
-@_kind("end", "Do not end with a full stop.")
-def no_full_stop(response: str) -> bool:
-    return not response.endswith(".")
-
-
-@_kind("word", 'Use the word "{word}".', word=("blue", "always", "happy", "small", "never", "light", "old", "morning"))
+@_kind("word", 'Use the word "{word}".', "tell ask", word=("blue", "always", "happy", "small", "never", "light", "old"))
 def includes(response: str, word: str) -> bool:
     return word.casefold() in _words(response)
 
 
-@_kind("word", 'Do not use the word "{word}".', word=("the", "a", "is", "and", "of", "to", "in"))
+@_kind("word", 'Do not use the word "{word}".', "tell ask", word=("the", "a", "is", "and", "of", "to", "in"))
 def excludes(response: str, word: str) -> bool:
     return word.casefold() not in _words(response)
 
 
-@_kind("word", 'Do not use the letter "{letter}".', letter=("z", "k", "y", "u", "b", "w"))
+@_kind("letter", 'Do not use the letter "{letter}".', letter=("b", "c", "g", "k", "p", "u", "w", "y"))
 def no_letter(response: str, letter: str) -> bool:
     return letter.casefold() not in response.casefold()
 
 
-@_kind("word", "Mention a number, written in digits.")
+@_kind("letter", "Write in lower case only.", "complete")
+def lower_case(response: str) -> bool:
+    return response.islower()
+
+
+@_kind("letter", "Use exactly one capital letter.", "tell ask")
+def one_capital(response: str) -> bool:
+    return sum(letter.isupper() for letter in response) == 1
+
+
+@_kind("sign", "Mention a number, written in digits.")
 def digits(response: str) -> bool:
     return bool(re.search(r"\d", response))
 
 
-@_kind("case", "Write in lower case only.")
-def lower_case(response: str) -> bool:
-    return response == response.lower()
-
-
-@_kind("case", "Write in capital letters only.")
-def upper_case(response: str) -> bool:
-    return response == response.upper()
-
-
-@_kind("sign", "Do not use commas.")
+@_kind("sign", "Do not use commas.", "tell greet")
 def no_commas(response: str) -> bool:
     return "," not in response
 
 
-@_kind("sign", "Use at least one comma.")
+@_kind("sign", "Use at least one comma.", "tell greet")
 def comma(response: str) -> bool:
     return "," in response
 
 
-@_kind("sign", "Put your whole answer in double quotation marks.")
-def quoted(response: str) -> bool:
-    return len(response) > 2 and response[0] in '"“' and response[-1] in '"”'
+def _kind_of(check: dict) -> Kind:
+    """The Kind that `check` names, once its argument is known to be what that kind takes."""
+    kind = KINDS.get(check.get("kind")) if isinstance(check, dict) else None
+    if kind is None:
+        raise ValueError(f"check {check!r}: 'kind' must be one of {', '.join(KINDS)}")
+    wanted = {kind.argument: type(kind.values[0])} if kind.argument else {}
+    given = {name: type(value) for name, value in check.items() if name != "kind"}
+    if given != wanted or not all(check[name] and check[name] > type_() for name, type_ in wanted.items()):
+        takes = ", ".join(f"{name}: {type_.__name__} (positive, not empty)" for name, type_ in wanted.items())
+        raise ValueError(f"check {check!r}: beside 'kind' it takes {takes or 'nothing'}")
+    return kind
 
 
-@_kind("sign", "Put your answer in parentheses.")
-def parentheses(response: str) -> bool:
-    return response.startswith("(") and response.rstrip(".").endswith(")")
+def describe(checks: list[dict]) -> str:
+    """The sentences that ask for `checks`. Raises ValueError on an unknown kind or a wrong argument."""
+    return " ".join(_kind_of(check).text.format(**check) for check in checks)
 
 
-TOPICS = (
-    "the sea", "rain", "winter", "a cat", "a dog", "the moon", "the sun", "a river", "a mountain", "bread", "coffee",
-    "music", "a garden", "an old house", "a train", "a good book", "friendship", "snow", "a forest", "the city",
-    "breakfast", "sleep", "a birthday", "the night sky", "a bicycle", "school", "a teacher", "the wind", "apples",
-    "spring", "a market", "the desert", "a bird", "a holiday", "a storm", "time", "a doctor", "an island", "tea", "fire",
-)  # fmt: skip
-SENTENCE_TASKS = (
-    "Write one short sentence about {topic}.",
-    "Describe {topic} in one short sentence.",
-    "Say something nice about {topic} in a few words.",
-    "Give a short title for a story about {topic}.",
-    "Ask a friend a short question about {topic}.",
-)
-LIST_TASKS = (
-    "Name some fruits.",
-)
+def gold(checks: list[dict], response: str) -> float:
+    """1.0 if `response` holds a word and fulfils every check, else 0.0.
+
+    Raises ValueError when there is no check, on an unknown kind and on a wrong argument.
+    Pitfall: it looks at the text alone; whether the model ended its turn is for the caller to ask.
+    """
+    if not checks:
+        raise ValueError("checks is empty: a prompt needs at least one check")
+    kinds = [_kind_of(check) for check in checks]
+    response = response.strip()
+    if not _words(response):
+        return 0.0
+    held = (kind.holds(response, *list(check.values())[1:]) for kind, check in zip(kinds, checks, strict=True))
+    return float(all(held))
 
 
-def make(kind, rng):
-    k = KINDS[kind]
-    check = {"kind": kind}
-    if k.argument: check[k.argument] = rng.choice(k.values)
-    return check
+def make_prompts(n: int, seed: int) -> list[dict]:
+    """`n` different prompts as rows {"id", "prompt", "checks": [{"kind", argument}]}; the same for the same seed.
 
-def text(check):
-    return KINDS[check["kind"]].text.format(**check)
+    Two thirds of them carry one constraint, one third two. Slices of one call are disjoint.
+    Raises ValueError when `n` is beyond what the tables above can tell apart.
+    """
+    rng = random.Random(seed)
+    prompts: dict[str, list[dict]] = {}
+    for _ in range(100 * n):
+        if len(prompts) == n:
+            break
+        first = rng.choice(list(KINDS))
+        task = rng.choice(KINDS[first].tasks)
+        others = [name for name, k in KINDS.items() if task in k.tasks and k.topic != KINDS[first].topic]
+        names = [first, rng.choice(others)] if others and rng.random() < PAIRED else [first]
+        checks = [_draw(name, rng) for name in names]
+        prompt = f"{rng.choice(TASKS[task]).format(topic=rng.choice(TOPICS))} {describe(checks)}"
+        prompts.setdefault(prompt, checks)
+    if len(prompts) < n:
+        raise ValueError(f"n={n}: only {len(prompts)} different prompts were found; ask for fewer")
+    return [{"id": f"p{i:04d}", "prompt": p, "checks": checks} for i, (p, checks) in enumerate(prompts.items())]
+
+
+def _draw(name: str, rng: random.Random) -> dict:
+    """A check of the kind `name` with its argument drawn."""
+    kind = KINDS[name]
+    return {"kind": name} | ({kind.argument: rng.choice(kind.values)} if kind.argument else {})

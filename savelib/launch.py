@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import signal
 import subprocess
@@ -12,9 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from savelib import __version__
 from savelib.config import Config
 from savelib.paths import runs_dir
-from savelib.runlog import new_run_id, read_jsonl
+from savelib.runlog import new_run_id, read_jsonl, read_manifest
 
 
 class RunFailed(RuntimeError):
@@ -54,6 +56,17 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
         if process.returncode:
             raise RunFailed(_reason(folder / "train.log", begin, process.returncode))
     return folder
+
+
+def run_once(config: Config, prefix: str) -> Path:
+    """The folder of a finished run of this very config, under a name made of it; launched only if there is none yet."""
+    key = __version__ + config.model_dump_json(exclude={"run_id", "resume"})
+    digest = hashlib.sha256(key.encode()).hexdigest()[:6]
+    run_id = f"{prefix}-{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{digest}"
+    folder = runs_dir() / run_id
+    if (folder / "manifest.json").is_file() and read_manifest(folder)["status"] == "done":
+        return folder
+    return launch(config.model_copy(update={"run_id": run_id, "resume": "auto"}))
 
 
 def _die_with_parent() -> None:

@@ -72,7 +72,7 @@ def seed_everything(*parts: int | str) -> None:
 # stage 1: preference learning
 
 STAGE1 = (
-    "reward_model", "preferences", "eval_preferences", "world_seed", "start_share", "label_noise", "seed", "precision",
+    "reward_model", "preferences", "eval_preferences", "bad_rows", "world_seed", "start_share", "label_noise", "seed", "precision",
     "bt_epochs", "bt_batch_size", "bt_backbone_lr", "bt_head_lr", "max_grad_norm",
 )  # fmt: skip
 STAGE2 = STAGE1 + (

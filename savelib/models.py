@@ -16,9 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from savelib.config import Config, ConfigError
 from savelib.paths import resolve
+
+transformers_logging.disable_progress_bar()  # each refresh of a bar would be a line in a log or a notebook
+transformers_logging.set_verbosity_error()  # a new reward head is no surprise: load_reward_model makes it
 
 Messages = list[dict[str, str]]
 VALUE_HEAD_FILE = "value_head.safetensors"

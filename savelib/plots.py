@@ -5,8 +5,16 @@ Every function draws into a given Axes (or makes its own) and returns it.
 
 from __future__ import annotations
 
+import math
+
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
+import torch
+from torch import Tensor
+
+from savelib.analysis import axis_label
+from savelib.feedback import Partition, bradley_terry_loss, curriculum_threshold, net_forces
 
 COLOURS = {
     "save": "#1b6ca8", "save_zero_net_force": "#12908e", "mean_reward": "#d1495b", "hl_bt": "#edae49",
@@ -20,3 +28,325 @@ def use_style() -> None:
     """Set the workbook's look for all following figures."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (6, 3.4)})
+
+
+# formulas: preference learning, value anchor, filter and forces, on tensors
+
+
+def bt_curve(margins: Tensor, ax: plt.Axes | None = None, noise: tuple[float, ...] = (0.0, 0.3)) -> plt.Axes:
+    """Eq. 11's loss over the margin, dots at `margins` [N]; a share `noise` of flipped labels bounds the best margin."""
+    ax = ax or plt.gca()
+    loss = torch.vmap(lambda m: bradley_terry_loss(m, torch.zeros_like(m)))
+    x = torch.linspace(-4, 4, 401)
+    for share, colour in zip(noise, (COLOURS["save"], COLOURS["negative"], COLOURS["hl_bt"]), strict=False):
+        y = (1 - share) * loss(x) + share * loss(-x)
+        ax.plot(x, y, color=colour, label=f"{share:.0%} of the labels flipped")
+        if share:
+            ax.plot(x[y.argmin()], y.min(), "v", color=colour, label=f"best margin {x[y.argmin()]:.2f}")
+    ax.plot(margins, loss(margins), "o", color="#333333", label="the pairs above")
+    ax.set(xlabel="margin R(chosen) - R(rejected)", ylabel="loss\n(lower is better)", ylim=(0, None))
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def epoch_losses(losses: list[float], levels: dict[str, float], ylabel: str, ax: plt.Axes | None = None) -> plt.Axes:
+    """Mean loss of each epoch; levels: name -> a loss to compare with, drawn dotted."""
+    ax = ax or plt.gca()
+    for (name, level), style in zip(levels.items(), (":", "-."), strict=False):
+        ax.axhline(level, color="0.3", linewidth=1, linestyle=style, label=f"{name}: {level:.3f}")
+    ax.plot(range(1, len(losses) + 1), losses, "o-", markersize=4, color=COLOURS["save"], label="loss of the epoch")
+    ax.set(xlabel="epoch", ylabel=f"{ylabel}\n(lower is better)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def margin_histogram(margins: Tensor, ax: plt.Axes | None = None, bins: int = 30) -> plt.Axes:
+    """Margins R(chosen) - R(rejected) of pairs [M], right verdicts against wrong ones (a tie is wrong)."""
+    ax = ax or plt.gca()
+    reach = max(margins.abs().max().item(), 1e-3)
+    for name, side, part in (("right", "positive", margins[margins > 0]), ("wrong", "negative", margins[margins <= 0])):
+        label = f"{name}: {len(part)} of {len(margins)}"
+        ax.hist(part, bins=bins, range=(-reach, reach), color=COLOURS[side], label=label)
+    ax.axvline(margins.mean(), color="#333333", linewidth=1, label=f"mean {margins.mean():.2f}")
+    ax.set(xlabel="margin R(chosen) - R(rejected)\n(further right is better)", ylabel="pairs")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def calibration(margins: Tensor, ax: plt.Axes | None = None, bins: int = 6) -> plt.Axes:
+    """Eq. 2 taken at its word: P of the verdict, sigmoid(|margin|), against the share of right verdicts.
+
+    margins [M] of pairs whose labels are right; bins of equal size, each with its standard error.
+    """
+    ax = ax or plt.gca()
+    ax.plot([0.5, 1], [0.5, 1], color="0.3", linewidth=1, linestyle=":", label="as sure as it is right")
+    for rows in margins.abs().argsort().tensor_split(min(bins, len(margins))):
+        sure, right = torch.sigmoid(margins[rows].abs()).mean(), (margins[rows] > 0).float().mean()
+        error = (right * (1 - right) / len(rows)).sqrt()
+        ax.errorbar(sure, right, yerr=error, fmt="o", color=COLOURS["save"], capsize=3)
+    ax.set(xlim=(0.48, 1.02), ylim=(0, 1.05), xlabel="how sure: sigmoid(|margin|)")
+    ax.set_ylabel("share of right verdicts\n(below the line: too sure)")
+    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    return ax
+
+
+def value_against_reward(
+    values: Tensor, rewards: Tensor, ax: plt.Axes | None = None, name: str = "V(x)", side: str = "save"
+) -> plt.Axes:
+    """V [B] against the mean of each group's rewards [B, K]; on the diagonal V is right."""
+    ax = ax or plt.gca()
+    targets = rewards.mean(1)  # [B]
+    low, high = min(targets.min(), values.min()).item(), max(targets.max(), values.max()).item()
+    ax.axline((low, low), (high, high), color="0.3", linewidth=1, linestyle=":")
+    ax.scatter(targets, values, s=14, alpha=0.7, linewidth=0, color=COLOURS[side], label=name)
+    ax.set(xlabel="mean reward of the group", ylabel="V(x)\n(nearer to the diagonal is better)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def thresholds(initial_margins: list[float], total_steps: int, ax: plt.Axes | None = None) -> plt.Axes:
+    """Eq. 14: mu(t) for each initial margin; the paper's, 0.5, is dashed grey."""
+    ax = ax or plt.gca()
+    steps = range(1, total_steps + 1)
+    for margin, colour in zip(initial_margins, sns.color_palette("crest", len(initial_margins)), strict=True):
+        style = PAPER | {"linewidth": 2} if margin == 0.5 else {"color": colour}
+        label = f"m0 = {margin}" + " (the paper's)" * (margin == 0.5)
+        ax.plot(steps, [curriculum_threshold(t, total_steps, margin) for t in steps], label=label, **style)
+    ax.set(xlabel="step t", ylabel="threshold mu(t)\n(0.5: nothing is left out)", ylim=(0.48, None))
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def kept_over_time(
+    rewards: Tensor, value: float, total_steps: int, initial_margin: float, ax: plt.Axes | None = None
+) -> plt.Axes:
+    """Eq. 15-16: one group [G] over the run if R and V stood still; grey: too close to V to be kept at step t."""
+    ax = ax or plt.gca()
+    steps = torch.arange(1, total_steps + 1)
+    mu = torch.tensor([curriculum_threshold(int(t), total_steps, initial_margin) for t in steps], dtype=torch.float64)
+    ax.fill_between(steps, value - mu.logit(), value + mu.logit(), color=COLOURS["left out"], alpha=0.3, linewidth=0)
+    ax.axhline(value, color="#333333", linewidth=1)
+    for reward in rewards.tolist():
+        side = COLOURS["positive" if reward >= value else "negative"]
+        kept = abs(reward - value) >= mu.logit()
+        ax.plot(steps, torch.full_like(mu, reward), color=COLOURS["left out"], linewidth=1.5)
+        ax.plot(steps[kept], torch.full_like(mu, reward)[kept], color=side, linewidth=3, solid_capstyle="butt")
+    named = {"positive": "positive", "negative": "negative", "left out": "left out"}
+    handles = [plt.Line2D([], [], color=COLOURS[k], linewidth=3, label=v) for k, v in named.items()]
+    handles.append(plt.Line2D([], [], color="#333333", linewidth=1, label="V(x)"))
+    ax.legend(handles=handles, frameon=False, fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.set(xlabel="step t", ylabel="reward R\n(higher is better)", xlim=(1, total_steps))
+    return ax
+
+
+FORCES = {"L+": COLOURS["positive"], "L-": COLOURS["negative"], "HL-BT": COLOURS["hl_bt"], "L_R": COLOURS["save"],
+          "zero net force": COLOURS["save_zero_net_force"]}  # fmt: skip
+
+
+def pushes(
+    rewards: Tensor, forces: dict[str, Tensor], ax: plt.Axes | None = None,
+    value: float | None = None, names: list[str] | None = None, scale: float = 1.0,
+) -> plt.Axes:  # fmt: skip
+    """One group on the reward axis, with the force of each loss on each response as an arrow.
+
+    rewards [G]; forces: name in FORCES -> minus the loss's gradient by the rewards [G]; scale: length of force 1.
+    """
+    ax = ax or plt.gca()
+    points = rewards.tolist()
+    ends = [r + scale * f for force in forces.values() for r, f in zip(points, force.tolist(), strict=True)]
+    low, high = min(points + ends), max(points + ends)
+    if value is not None:
+        low, high = min(low, value), max(high, value)
+        ax.axvline(value, color="#333333", linewidth=1)
+        ax.text(value, -0.75, "V(x)", ha="center", va="center", fontsize="small", backgroundcolor="white")
+    for row, reward in enumerate(points):
+        for name, force in forces.items():
+            push = force[row].item()
+            if abs(push) < 1e-6:
+                continue
+            arrow = {"arrowstyle": "-|>", "color": FORCES[name], "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+            ax.annotate("", xy=(reward + scale * push, row), xytext=(reward, row), arrowprops=arrow)
+            ax.text(reward + scale * push / 2, row - 0.32, f"{push:+.3f}", ha="center", va="center", fontsize="x-small")
+    ax.plot(points, range(len(points)), "o", color="#333333", markersize=5)
+    handles = [plt.Line2D([], [], color=FORCES[name], linewidth=2, label=f"force of {name}") for name in forces]
+    ax.legend(handles=handles, frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    margin = 0.08 * max(high - low, 1e-3)
+    ax.set(yticks=range(len(points)), yticklabels=names or [f"response {i + 1}" for i in range(len(points))])
+    ax.set(xlim=(low - margin, high + margin), ylim=(len(points) - 0.4, -1))
+    ax.set_xlabel("reward R (further right is better)")
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def forces_by_share(group_size: int, gap: float, ax: plt.Axes | None = None) -> plt.Axes:
+    """Net forces A and D on a group of right responses at +gap/2 and wrong ones at -gap/2, V being its mean reward."""
+    ax = ax or plt.gca()
+    right = torch.arange(1, group_size)  # number of right responses in each group
+    positive = torch.arange(group_size) < right[:, None]  # [G-1, G]
+    rewards = torch.where(positive, gap / 2, -gap / 2)
+    pull, push = net_forces(rewards, rewards.mean(1), Partition(positive, ~positive, positive.any(1)))
+    share = right / group_size
+    ax.plot(share, pull, "o-", markersize=4, color=COLOURS["positive"], label="A: positives, up")
+    ax.plot(share, push, "o-", markersize=4, color=COLOURS["negative"], label="D: negatives, down")
+    ax.plot(share, push - pull, "--", color="#333333", label="D - A: the group, down")
+    ax.set(xlabel="share of right responses in the group", ylabel="total force", xlim=(0, 1), ylim=(0, 1))
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def filtered_groups(
+    rewards: Tensor, values: Tensor, sides: Partition, threshold: float, names: list[str],
+    ax: plt.Axes | None = None, gold: Tensor | None = None,
+) -> plt.Axes:  # fmt: skip
+    """Groups on the reward axis [B, G], a row each: V a bar, the ignored band grey, the side a colour.
+
+    gold [B, G]: right responses are circles, wrong ones crosses; dots where it is nan or not given.
+    """
+    ax = ax or plt.gca()
+    band = math.log(threshold / (1 - threshold))
+    gold = torch.full_like(rewards, math.nan) if gold is None else gold
+    for row, value in enumerate(values.tolist()):
+        ax.barh(row, 2 * band, 0.62, value - band, color=COLOURS["left out"], alpha=0.3, linewidth=0)
+        ax.vlines(value, row - 0.36, row + 0.36, color="#333333", linewidth=1.5)
+    height = torch.linspace(-0.24, 0.24, rewards.shape[1]) + torch.arange(len(rewards))[:, None]  # [B, G]
+    masks = {"positive": sides.positive, "negative": sides.negative, "left out": ~sides.kept}
+    kinds = {"right": ("o", gold > 0.5), "wrong": ("x", gold <= 0.5), "gold unknown": (".", gold.isnan())}
+    for side, mask in masks.items():
+        colour = COLOURS[side] if side != "left out" else "0.45"
+        for marker, of_kind in kinds.values():
+            here = mask & of_kind
+            ax.scatter(rewards[here], height[here], s=26, marker=marker, color=colour, linewidth=1.4 * (marker == "x"))
+    handles = [plt.Line2D([], [], color=COLOURS[s] if s != "left out" else "0.45", linewidth=3, label=s) for s in masks]
+    for kind, (marker, of_kind) in kinds.items():
+        if of_kind.any():
+            handles.append(plt.Line2D([], [], color="#333333", linestyle="", marker=marker, label=kind))
+    ax.legend(handles=handles, frameon=False, fontsize="small", ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    ax.set_xlabel("reward R (further right is better); bar: V(x), grey: left out")
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def by_threshold(table: pd.DataFrame, columns: dict[str, str], ax: plt.Axes | None = None) -> plt.Axes:
+    """Metrics of `loop.describe` over the `threshold` they were measured at; dashed grey: the paper's at the start."""
+    ax = ax or plt.gca()
+    there = [c for c in columns if c in table and table[c].notna().any()]
+    for column in there:
+        style = {"marker": "o", "markersize": 4, "color": LINES.get(column, "#333333"), "label": columns[column]}
+        ax.plot(table["threshold"], table[column], **style)
+    ax.set(xlabel="threshold mu (to the right: fewer are kept)")
+    if not there:
+        return _nothing_to_show(ax)
+    ax.axvline(0.75, label="mu at the start, m0 = 0.5", **PAPER)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+# runs: curves of one run, comparison of several
+
+LINES = {
+    "filter/positive": COLOURS["positive"], "filter/negative": COLOURS["negative"], "filter/kept": "#333333",
+    "force/pull": COLOURS["positive"], "force/push": COLOURS["negative"], "threshold": "#1b6ca8",
+    "reward/mean": "#1b6ca8", "value/mean": "#edae49", "gold/success_rate": "#333333",
+    "eval/rm_accuracy": "#1b6ca8", "eval/rm_accuracy_current": "#12908e", "eval/gold": "#333333",
+}  # fmt: skip
+
+
+def lines(metrics: pd.DataFrame, columns: dict[str, str], ylabel: str, ax: plt.Axes | None = None) -> plt.Axes:
+    """Metrics of one run over its steps. columns: metric -> its name in the legend; those it lacks are left out.
+
+    A metric that is measured every few steps is drawn with a dot at each measurement.
+    """
+    ax = ax or plt.gca()
+    there = [c for c in columns if c in metrics and metrics[c].notna().any()]
+    for column in there:
+        points = metrics[["step", column]].dropna()
+        marker = "o" if len(points) < len(metrics) - 1 or len(points) < 4 else ""
+        style = {"marker": marker, "markersize": 4, "color": LINES.get(column), "label": columns[column]}
+        ax.plot(points["step"], points[column], **style)
+    ax.set(xlabel="step", ylabel=ylabel)
+    if not there:
+        return _nothing_to_show(ax)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def metric(groups: dict[str, list[pd.DataFrame]], column: str, ax: plt.Axes | None = None, window: int = 1) -> plt.Axes:
+    """One metric of several groups of runs (`analysis.group_runs`): mean over a group's runs, band from low to high.
+
+    The colour is the rule's, the line style tells groups of one rule apart. window: steps of a running mean.
+    """
+    ax = ax or plt.gca()
+    drawn: dict[str, int] = {}
+    for label, frames in groups.items():
+        measured = [f.set_index("step")[column].dropna() for f in frames if column in f]
+        runs = [m.rolling(window, min_periods=1).mean() for m in measured if len(m)]
+        if not runs:
+            continue
+        table, rule = pd.concat(runs, axis=1), label.split(",")[0]  # [steps, runs]
+        style = ("-", (0, (5, 2)), ":", "-.")[drawn.get(rule, 0) % 4]
+        drawn[rule] = drawn.get(rule, 0) + 1
+        marker = "o" if len(table) < 15 else ""
+        ax.plot(table.index, table.mean(1), ls=style, marker=marker, markersize=4, color=COLOURS.get(rule), label=label)
+        if len(runs) > 1:
+            ax.fill_between(table.index, table.min(1), table.max(1), color=COLOURS.get(rule), alpha=0.15, linewidth=0)
+    ax.set(xlabel="step", ylabel=axis_label(column))
+    if not drawn:
+        return _nothing_to_show(ax)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def sample_rewards(samples: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
+    """Rewards of the logged responses over the steps, by gold where it is known, with each step's mean prompt value."""
+    ax = ax or plt.gca()
+    kinds = [("right", samples["gold"] > 0.5, "positive"), ("wrong", samples["gold"] <= 0.5, "negative")]
+    for name, rows, colour in [*kinds, ("gold unknown", samples["gold"].isna(), "left out")]:
+        if rows.any():
+            part = samples[rows]
+            shift = 0.15 if name == "right" else -0.15
+            style = {"s": 9, "alpha": 0.5, "linewidth": 0, "color": COLOURS[colour], "label": name}
+            ax.scatter(part["step"] + shift, part["reward"], **style)
+    if samples["value"].notna().any():
+        ax.plot(samples.groupby("step")["value"].mean(), color="#333333", linewidth=1, label="V")
+    ax.set(xlabel="step", ylabel="reward R")
+    ax.legend(frameon=False, fontsize="small", ncols=3)
+    return ax
+
+
+def push_against_success(metrics: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
+    """D - A against the share of right responses, a dot a step; shaded: the net push falls on mostly good responses."""
+    ax = ax or plt.gca()
+    ax.set(xlabel="share of right responses in the batch (gold)", ylabel="D - A\n(above 0: the net push is down)")
+    if not {"force/push", "gold/success_rate"} <= set(metrics):
+        return _nothing_to_show(ax)
+    x, y = metrics["gold/success_rate"], metrics["force/push"] - metrics["force/pull"]
+    ax.set(xlim=(0, 1), ylim=(-1, 1))
+    ax.fill_between([0.5, 1], 0, 1, color=COLOURS["negative"], alpha=0.1, linewidth=0)
+    dots = ax.scatter(x, y, c=metrics["step"], cmap="viridis", s=16)
+    ax.figure.colorbar(dots, ax=ax, label="step")
+    return ax
+
+
+def change_dots(changes: pd.DataFrame, ax: plt.Axes | None = None, paper: pd.Series | None = None) -> plt.Axes:
+    """`analysis.changes` in points, a row a group with its standard error. paper: points a rule, drawn dashed grey."""
+    ax = ax or plt.gca()
+    for i, (label, row) in enumerate(changes.iterrows()):
+        rule = label.split(",")[0]
+        error = 0 if pd.isna(row["standard error"]) else 100 * row["standard error"]
+        ax.errorbar(100 * row["change"], i, xerr=error or None, fmt="o", color=COLOURS.get(rule), capsize=3)
+        if paper is not None and rule in paper:
+            ax.vlines(paper[rule], i - 0.35, i + 0.35, label=None if i else "the paper's, on its benchmarks", **PAPER)
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    ax.set(yticks=range(len(changes)), yticklabels=list(changes.index), ylim=(len(changes) - 0.5, -0.5))
+    ax.set_xlabel("change of accuracy in points (right is better)")
+    if paper is not None:
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _nothing_to_show(ax: plt.Axes) -> plt.Axes:
+    ax.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=ax.transAxes, color="0.5")
+    ax.set(xticks=[], yticks=[])
+    return ax

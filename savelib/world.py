@@ -63,6 +63,7 @@ RECIPE = {
 _CELLS = list(product(enumerate(CATEGORIES), enumerate(PEOPLE), enumerate(DAYS)))
 PROMPTS = [f"{category} {person} {day} :" for (_, category), (_, person), (_, day) in _CELLS]
 _HELD_OUT = {prompt for prompt, ((c, _), (p, _), (d, _)) in zip(PROMPTS, _CELLS, strict=True) if (c + 3 * p + 5 * d) % 4 == 0}
+_TRAIN = [prompt for prompt in PROMPTS if prompt not in _HELD_OUT]
 _WORDS = {word: category for category, words in CATEGORIES.items() for word in words}
 _RESPONSE = re.compile(rf"the (?:really ){{0,2}}({'|'.join(_WORDS)})(?: , friend)? \.")
 _PROMPT_TOKENS = 6  # <|bos|> category person day : <|end|>
@@ -70,7 +71,7 @@ _PROMPT_TOKENS = 6  # <|bos|> category person day : <|end|>
 
 def train_prompts() -> list[str]:
     """The 576 prompts to train on, in the order of `PROMPTS`."""
-    return [prompt for prompt in PROMPTS if prompt not in _HELD_OUT]
+    return list(_TRAIN)
 
 
 def heldout_prompts() -> list[str]:
@@ -134,3 +135,208 @@ def _pretraining_text(rng: random.Random) -> str:
     else:
         after = ""
     return _exchange(prompt, response, after)
+
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread inside, so that the same seed gives the same numbers whatever OMP_NUM_THREADS says."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit(model: LlamaForCausalLM, texts: Callable[[], str], steps: int, batch: int, lr: float) -> LlamaForCausalLM:
+    """AdamW on what follows the prompt in each text; comment tokens weigh `comment_weight`."""
+    tokenizer = make_tokenizer()
+    token_weight = torch.ones(len(tokenizer))
+    token_weight[tokenizer.convert_tokens_to_ids([*GOOD, *BAD, *POLITE, *CURT])] = RECIPE["comment_weight"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for _ in range(steps):
+        encoded = tokenizer([texts() for _ in range(batch)], padding=True, return_tensors="pt")
+        ids, mask = encoded.input_ids, encoded.attention_mask  # [N, L]
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, _PROMPT_TOKENS - 1 : -1]
+        targets = ids[:, _PROMPT_TOKENS:]
+        weights = token_weight[targets] * mask[:, _PROMPT_TOKENS:]
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # [N, L - 6]
+        optimizer.zero_grad()
+        ((losses * weights).sum() / weights.sum()).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@_one_thread()
+def pretrain(seed: int, steps: int | None = None) -> LlamaForCausalLM:
+    """The backbone: a Llama of about 0.1 M parameters, pretrained on right and wrong exchanges with comments."""
+    tokenizer, rng = make_tokenizer(), random.Random(f"pretrain {seed}")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **ids, **RECIPE["model"]))
+    recipe = RECIPE["pretrain"]
+    return _fit(model, lambda: _pretraining_text(rng), **(recipe if steps is None else recipe | {"steps": steps}))
+
+
+@_one_thread()
+def sft_policy(model: LlamaForCausalLM, start_share: float = 0.4, seed: int = 0) -> LlamaForCausalLM:
+    """Fine-tune `model` in place on responses of which `start_share` are right: the policy before RL."""
+    rng = random.Random(f"sft {seed} {start_share}")
+
+    def text() -> str:
+        prompt = rng.choice(_TRAIN)
+        return _exchange(prompt, _response(rng, prompt, start_share))
+
+    return _fit(model, text, **RECIPE["sft"])
+
+
+@_one_thread()
+@torch.no_grad()
+def sample(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    n: int,
+    temperature: float = 1.0,
+    max_new_tokens: int = 12,
+    seed: int = 0,
+) -> list[list[str]]:
+    """`n` responses to each prompt of the world, from a generator of its own: the global RNG is not touched."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    start = tokenizer([_exchange(prompt) for prompt in prompts], return_tensors="pt").input_ids.to(model.device)
+    ids = start.repeat_interleave(n, 0)  # [N * n, 6]
+    for _ in range(max_new_tokens):
+        probabilities = (model(input_ids=ids).logits[:, -1] / temperature).softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
+    end = tokenizer.eos_token_id
+    rows = [row[: row.index(end)] if end in row else row for row in ids[:, _PROMPT_TOKENS:].tolist()]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def _auc(scores: torch.Tensor, right: torch.Tensor) -> float:
+    """Share of (right, wrong) pairs that the scores order correctly, ties counted half; both [N]."""
+    gap = scores[right][:, None] - scores[~right][None]  # [right, wrong]
+    return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
+
+
+@_one_thread()
+@torch.no_grad()
+def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> dict[str, float]:
+    """What the last response token knows about quality, on held-out prompts with one right and one wrong response.
+
+    `auc`: right against wrong by the comment's log-odds. `quality`, `politeness`: share of the last hidden state's
+    variance along the difference of class means. `pc1`, `pc2`: share of the top principal components; `pc1_auc`:
+    how well the first one separates right from wrong (0.5 to 1).
+    """
+    rng = random.Random(f"probe {seed}")
+    pairs = [(prompt, _response(rng, prompt, share)) for prompt in heldout_prompts() for share in (1.0, 0.0)]
+    encoded = tokenizer([_exchange(*pair) for pair in pairs], padding=True, return_tensors="pt")
+    output = model(**encoded, output_hidden_states=True)
+    last = (torch.arange(len(pairs)), encoded.attention_mask.sum(1) - 1)
+    logits, hidden = output.logits[last], output.hidden_states[-1][last].double()  # [N, vocabulary], [N, d]
+    right = torch.tensor([gold(*pair) == 1.0 for pair in pairs])
+    friendly = torch.tensor(["friend" in response for _, response in pairs])
+    good, bad = (tokenizer.convert_tokens_to_ids(words) for words in (GOOD, BAD))
+    hidden = hidden - hidden.mean(0)
+    total = hidden.square().sum()
+
+    def share(group: torch.Tensor) -> float:
+        direction = F.normalize(hidden[group].mean(0) - hidden[~group].mean(0), dim=0)
+        return ((hidden @ direction).square().sum() / total).item()
+
+    u, s, _ = torch.linalg.svd(hidden, full_matrices=False)
+    pc1_auc = _auc(u[:, 0], right)
+    return {
+        "auc": _auc(logits[:, good].logsumexp(1) - logits[:, bad].logsumexp(1), right),
+        "quality": share(right),
+        "politeness": share(friendly),
+        "pc1": (s[0] ** 2 / total).item(),
+        "pc2": (s[1] ** 2 / total).item(),
+        "pc1_auc": max(pc1_auc, 1 - pc1_auc),
+    }
+
+
+def _checked_backbone(seed: int) -> LlamaForCausalLM:
+    model = pretrain(seed)
+    found = probe(model, make_tokenizer())
+    if not found["auc"] >= RECIPE["min_auc"]:
+        raise RuntimeError(
+            f"world_seed {seed}: the pretrained backbone does not tell right from wrong "
+            f"(probe AUC {found['auc']:.3f}, needs {RECIPE['min_auc']}); take another world_seed"
+        )
+    return model
+
+
+def _build(name: str, make: Callable[[], LlamaForCausalLM]) -> Path:
+    """Hugging Face folder of `make()` and the tokenizer in the cache, built once; `name` and the recipe are its key."""
+    facts = [name, RECIPE, make_tokenizer().get_vocab(), CATEGORIES, CHAT_TEMPLATE]
+    target = cache_dir() / f"world-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]}"
+    if not target.is_dir():
+        start = time.perf_counter()
+        with atomic_folder(target) as folder:
+            make().save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+        print(f"built the {name} of the embedded world in {time.perf_counter() - start:.0f} s: {target}", flush=True)
+    return target
+
+
+def build_backbone(world_seed: int = 0) -> Path:
+    """Folder of the pretrained backbone (model and tokenizer), built in about 20 s unless it is in the cache.
+
+    Errors: RuntimeError where the probe shows that quality was not learnt.
+    """
+    return _build(f"backbone {world_seed}", lambda: _checked_backbone(world_seed))
+
+
+def build_policy(world_seed: int = 0, start_share: float = 0.4) -> Path:
+    """Folder of the initial policy (model and tokenizer), about `start_share` right at temperature 1.
+
+    Errors: ValueError for a `start_share` outside (0, 1).
+    """
+    if not 0 < start_share < 1:
+        raise ValueError(f"start_share {start_share}: the share of right responses must lie between 0 and 1")
+    backbone = build_backbone(world_seed)
+    return _build(
+        f"policy {world_seed} {start_share}",
+        lambda: sft_policy(AutoModelForCausalLM.from_pretrained(backbone), start_share, world_seed),
+    )
+
+
+def _pairs(world_seed: int, start_share: float, prompts: list[str], n: int, seed: str) -> list[dict[str, str]]:
+    """`n` pairs of two policy samples of the same prompt, chosen right and rejected wrong."""
+    folder, rng = build_policy(world_seed, start_share), random.Random(seed)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    pairs = []
+    while len(pairs) < n:
+        asked = rng.sample(prompts, min(n, len(prompts)))
+        for prompt, (a, b) in zip(asked, sample(model, tokenizer, asked, 2, seed=rng.getrandbits(32)), strict=True):
+            if gold(prompt, a) != gold(prompt, b):
+                chosen, rejected = (a, b) if gold(prompt, a) else (b, a)
+                pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs[:n]
+
+
+def preference_pairs(
+    world_seed: int = 0, n_pairs: int = 40, label_noise: float = 0.3, seed: int = 0, start_share: float = 0.4
+) -> list[dict[str, str]]:
+    """Stage 1's data: `prompt`, `chosen`, `rejected`, two policy samples of a training prompt that differ in gold.
+
+    Each label is flipped with probability `label_noise`.
+    """
+    rng = random.Random(f"labels {world_seed} {seed}")
+    pairs = _pairs(world_seed, start_share, _TRAIN, n_pairs, f"preferences {world_seed} {seed}")
+    for pair in pairs:
+        if rng.random() < label_noise:
+            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+    return pairs
+
+
+def heldout_pairs(world_seed: int = 0, n: int = 256, start_share: float = 0.4) -> list[dict[str, str]]:
+    """Fixed evaluation pairs on held-out prompts: samples of the initial policy, chosen right, rejected wrong by gold."""
+    return _pairs(world_seed, start_share, heldout_prompts(), n, f"heldout {world_seed}")

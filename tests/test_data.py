@@ -118,6 +118,9 @@ def test_the_embedded_world_and_its_heldout_pairs():
 
 
 @pytest.mark.skipif(not HH.exists(), reason="the hh-rlhf file is not at hand beside the checkout")
-def test_real_pairs_of_hh_rlhf():
-    pairs = load_preferences(str(HH), CONFIG)
-    assert len(pairs) > 2000 and all(p.prompt[-1]["role"] == "user" for p in pairs)
+def test_real_pairs_of_hh_rlhf(capsys):
+    with pytest.raises(ConfigError, match="line 87: column 'chosen' is empty.*bad_rows=skip"):
+        load_preferences(str(HH), CONFIG)
+    pairs = load_preferences(str(HH), make_config(bad_rows="skip"))
+    assert len(pairs) == 2303 and all(p.prompt[-1]["role"] == "user" for p in pairs)
+    assert "left out 9 of 2312 rows" in capsys.readouterr().out
