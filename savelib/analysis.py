@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "rm/grad_norm": ("gradient norm of the reward model", ""),
     "rm/groups": ("groups with a loss", ""),
     "policy/loss": ("loss of the policy", ""),
-    "policy/kl": ("KL to the initial policy, a token", "lower"),
+    "policy/kl": ("KL to the initial policy, a token", ""),
     "policy/grad_norm": ("gradient norm of the policy", ""),
     "policy/kept": ("share of responses kept by the updated reward model", ""),
     "policy/responses": ("responses that the policy learnt from", ""),
@@ -56,9 +57,9 @@ DRIFT = 1.0  # how far the mean reward may move before it is worth a warning
 
 
 def axis_label(column: str) -> str:
-    """What a metric is and which way is better."""
+    """What a metric is and which way is better, in lines short enough for an axis."""
     name, better = METRICS[column]
-    return f"{name}\n({better} is better)" if better else name
+    return "\n".join([*textwrap.wrap(name, 34), *([f"({better} is better)"] if better else [])])
 
 
 def config_table(config: Config, against: Config | None = None) -> pd.DataFrame:

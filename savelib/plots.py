@@ -34,7 +34,7 @@ def use_style() -> None:
 
 
 def bt_curve(margins: Tensor, ax: plt.Axes | None = None, noise: tuple[float, ...] = (0.0, 0.3)) -> plt.Axes:
-    """Eq. 11's loss over the margin, dots at `margins` [N]; a share `noise` of flipped labels bounds the best margin."""
+    """Eq. 11's loss over the margin, dots at `margins` [N]; a share `noise` of flipped labels bounds the best one."""
     ax = ax or plt.gca()
     loss = torch.vmap(lambda m: bradley_terry_loss(m, torch.zeros_like(m)))
     x = torch.linspace(-4, 4, 401)
@@ -42,7 +42,8 @@ def bt_curve(margins: Tensor, ax: plt.Axes | None = None, noise: tuple[float, ..
         y = (1 - share) * loss(x) + share * loss(-x)
         ax.plot(x, y, color=colour, label=f"{share:.0%} of the labels flipped")
         if share:
-            ax.plot(x[y.argmin()], y.min(), "v", color=colour, label=f"best margin {x[y.argmin()]:.2f}")
+            best = math.log((1 - share) / share)
+            ax.plot(best, y.min(), "v", color=colour, label=f"best margin {best:.2f}")
     ax.plot(margins, loss(margins), "o", color="#333333", label="the pairs above")
     ax.set(xlabel="margin R(chosen) - R(rejected)", ylabel="loss\n(lower is better)", ylim=(0, None))
     ax.legend(frameon=False, fontsize="small")
@@ -250,6 +251,7 @@ LINES = {
     "force/pull": COLOURS["positive"], "force/push": COLOURS["negative"], "threshold": "#1b6ca8",
     "reward/mean": "#1b6ca8", "value/mean": "#edae49", "gold/success_rate": "#333333",
     "eval/rm_accuracy": "#1b6ca8", "eval/rm_accuracy_current": "#12908e", "eval/gold": "#333333",
+    "eval/reward": "#12908e",
 }  # fmt: skip
 
 
@@ -272,16 +274,24 @@ def lines(metrics: pd.DataFrame, columns: dict[str, str], ylabel: str, ax: plt.A
     return ax
 
 
-def metric(groups: dict[str, list[pd.DataFrame]], column: str, ax: plt.Axes | None = None, window: int = 1) -> plt.Axes:
+def metric(
+    groups: dict[str, list[pd.DataFrame]],
+    column: str,
+    ax: plt.Axes | None = None,
+    *,
+    window: int = 1,
+    since_start: bool = False,
+) -> plt.Axes:
     """One metric of several groups of runs (`analysis.group_runs`): mean over a group's runs, band from low to high.
 
     The colour is the rule's, the line style tells groups of one rule apart. window: steps of a running mean.
+    since_start: each run's change from its own first measurement, so that unequal starts do not widen the band.
     """
     ax = ax or plt.gca()
     drawn: dict[str, int] = {}
     for label, frames in groups.items():
         measured = [f.set_index("step")[column].dropna() for f in frames if column in f]
-        runs = [m.rolling(window, min_periods=1).mean() for m in measured if len(m)]
+        runs = [m.rolling(window, min_periods=1).mean() - since_start * m.iloc[0] for m in measured if len(m)]
         if not runs:
             continue
         table, rule = pd.concat(runs, axis=1), label.split(",")[0]  # [steps, runs]
@@ -290,8 +300,8 @@ def metric(groups: dict[str, list[pd.DataFrame]], column: str, ax: plt.Axes | No
         marker = "o" if len(table) < 15 else ""
         ax.plot(table.index, table.mean(1), ls=style, marker=marker, markersize=4, color=COLOURS.get(rule), label=label)
         if len(runs) > 1:
-            ax.fill_between(table.index, table.min(1), table.max(1), color=COLOURS.get(rule), alpha=0.15, linewidth=0)
-    ax.set(xlabel="step", ylabel=axis_label(column))
+            ax.fill_between(table.index, table.min(1), table.max(1), color=COLOURS.get(rule), alpha=0.12, linewidth=0)
+    ax.set(xlabel="step", ylabel="change of: " * since_start + axis_label(column))
     if not drawn:
         return _nothing_to_show(ax)
     ax.legend(frameon=False, fontsize="small")

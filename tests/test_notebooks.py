@@ -1,0 +1,199 @@
+"""The notebooks: their form; papermill runs each to its end from either folder, and misspelt parameters are refused."""
+
+import ast
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from savelib.config import notebook_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PATHS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
+SPINE = ("00_bt_preferences", "01_value_head", "02_onpolicy_filtering", "03_save_train", "04_analysis")
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(PATHS[name], as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+# form
+
+
+def test_the_spine_is_there():
+    assert set(SPINE) <= set(PATHS)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_file_is_plain(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata == {"kernelspec": KERNEL}
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    for cell in code_cells(notebook):
+        assert cell.outputs == [] and cell.execution_count is None, cell.id
+    assert all(cell.metadata == {} or cell.metadata == {"tags": ["parameters"]} for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_cells_are_short(name):
+    lengths = [len(cell.source.splitlines()) for cell in code_cells(read(name))]
+    assert 15 <= len(lengths) <= 30
+    assert statistics.median(lengths) <= 8 and max(lengths) <= 25
+    assert min(lengths) >= 1
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_parameters_cell_is_literals_with_comments_and_is_checked(name):
+    cells = code_cells(read(name))
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == cells[:1], "one parameters cell, the first code cell"
+    first, *lines = tagged[0].source.splitlines()
+    assert first == "# Parameters"
+    for line in lines:
+        assignment = re.fullmatch(r"[a-z_]+ = (.+?)  # \S.*", line)
+        assert assignment, line
+        ast.literal_eval(assignment[1])
+    assert "config = notebook_config(In" in cells[1].source, "the cell after it makes the config"
+    also = re.search(r"also=(\(.*?\))", cells[1].source)
+    config = notebook_config([tagged[0].source], ast.literal_eval(also[1]) if also else ())
+    assert config.profile == "tiny"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_text_has_the_parts_and_nothing_switches_escaping_off(name):
+    notebook = read(name)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert notebook.cells[0].source.startswith("# ")
+    for part in ("**Question.**", "**Paper.**", "**Time.**", "## Exercises", "**Next.**", "What you should see"):
+        assert part in prose, part
+    for cell in code_cells(notebook):
+        assert not re.search(r"escape\s*=|\.style\b|pip install|os\.chdir|\.\./", cell.source), cell.id
+
+
+# execution
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The runs that these tests make, shared: notebook 04 reads what notebook 03 made."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def papermill(name: str, runs: Path, cwd: Path = ROOT, **parameters) -> tuple[subprocess.CompletedProcess, Path]:
+    """`papermill notebook copy -p name value ...`, as a user types it."""
+    copy = runs / f"{name}-{len(list(runs.glob('*.ipynb')))}.ipynb"
+    given = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", os.path.relpath(PATHS[name], cwd), str(copy), "--no-progress-bar", *given],
+        cwd=cwd,
+        env=os.environ | {"SAVE_RUNS": str(runs), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done, copy
+
+
+def executed(name: str, runs: Path, cwd: Path = ROOT, **parameters) -> nbformat.NotebookNode:
+    """The executed copy of a notebook; fails unless it ended well, showed a figure and wrote no error or warning."""
+    done, copy = papermill(name, runs, cwd, **parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    notebook = nbformat.read(copy, as_version=4)
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert all(cell.execution_count for cell in code_cells(notebook))
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no figure"
+    return notebook
+
+
+def text_of(notebook: nbformat.NotebookNode) -> str:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def manifest(runs: Path, run_id: str) -> dict:
+    return json.loads((runs / run_id / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, folder",
+    [("00_bt_preferences", "."), ("01_value_head", "notebooks"), ("02_onpolicy_filtering", ".")],
+)
+def test_stage_notebook_runs(name, folder, runs):
+    executed(name, runs, ROOT / folder)
+
+
+@pytest.mark.parametrize(
+    "folder, parameters",
+    [
+        ("notebooks", {"algo": "rloo", "rule": "frozen", "total_steps": 4}),  # no anchor, no filter: figures say so
+        (".", {"algo": "gspo", "rule": "hl_bt", "total_steps": 4}),
+        (".", {"algo": "reinforce_pp", "rule": "offline_bt", "total_steps": 4, "checkpoint_every": 2}),
+        ("notebooks", {"total_steps": 6, "eval_every": 3}),
+    ],
+)
+def test_training_notebook_runs(folder, parameters, runs):
+    run_id = f"test-{parameters.get('algo', 'defaults')}"
+    notebook = executed("03_save_train", runs, ROOT / folder, run_id=run_id, **parameters)
+    assert manifest(runs, run_id)["status"] == "done"
+    assert "LlamaForSequenceClassification" in text_of(notebook)
+    assert "reward model, held-out pairs (accuracy)" in text_of(notebook)
+
+
+def test_analysis_makes_its_own_runs_and_finds_them_again(runs):
+    parameters = {"compare": "save,mean_reward", "seeds": 1, "total_steps": 4}
+    executed("04_analysis", runs, ROOT / "notebooks", **parameters)
+    made = {path: path.stat().st_mtime_ns for path in runs.glob("04-tiny-*/manifest.json")}
+    assert {path.parent.name.split("-")[2] for path in made} == {"save", "mean_reward"}
+    executed("04_analysis", runs, **parameters)
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("04-tiny-*/manifest.json")} == made
+
+
+def test_analysis_of_given_runs(runs):
+    notebook = executed("04_analysis", runs, runs="test-rloo, test-defaults")
+    assert "frozen, algo=rloo" in text_of(notebook) or "frozen, total_steps=4, algo=rloo" in text_of(notebook)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("name", SPINE)
+def test_misspelt_parameter_name_is_refused(name, runs):
+    done, _ = papermill(name, runs, alg="rloo")
+    assert done.returncode != 0
+    assert "unknown parameter 'alg' (did you mean 'algo'?); valid names: " in done.stderr
+
+
+def test_bad_values_are_refused_with_the_valid_ones(runs):
+    done, _ = papermill("03_save_train", runs, ROOT / "notebooks", algo="rlo", rule="sav")
+    assert done.returncode != 0
+    assert "rule = 'sav': not one of save, " in done.stderr
+    assert "algo = 'rlo': not one of grpo, gspo, rloo, reinforce_pp" in done.stderr
+
+
+def test_bad_rule_to_compare_is_refused(runs):
+    done, _ = papermill("04_analysis", runs, compare="save,hlbt")
+    assert done.returncode != 0 and "rule = 'hlbt': not one of save, " in done.stderr
+
+
+def test_training_that_fails_fails_the_notebook_with_its_own_error(runs, tmp_path):
+    broken = tmp_path / "prompts.jsonl"
+    broken.write_text('{"prompt": "fruit mary monday :"}\n{"prompt": \n')
+    done, _ = papermill("03_save_train", runs, prompts=broken)
+    assert done.returncode != 0
+    assert f"prompts: {broken}, line 2 is not valid JSON" in done.stderr
