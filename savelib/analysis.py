@@ -25,7 +25,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "reward/mean": ("mean reward R of the batch", ""),
     "reward/std_in_group": ("spread of R within a group (sd)", ""),
     "gold/success_rate": ("share of right responses in the batch (gold)", "higher"),
-    "gold/pseudo_label_accuracy": ("kept responses on the side gold gives them", "higher"),
+    "gold/pseudo_label_accuracy": ("pseudo-labels that agree with gold", "higher"),
     "filter/kept": ("share of responses kept, eq. 15", ""),
     "filter/positive": ("share of responses that are positive, eq. 16", ""),
     "filter/negative": ("share of responses that are negative, eq. 16", ""),
@@ -115,7 +115,7 @@ def group_runs(runs: Iterable[str | Path]) -> dict[str, list[pd.DataFrame]]:
     apart = ["profile"] * (len(profiles) > 1) + [name for name in settings[0] if name != "rule" and differs(name)]
     groups: dict[str, list[pd.DataFrame]] = {}
     for run, values in zip(runs, settings, strict=True):
-        words = [str(values[k]) if k in ("profile", "algo") else f"{k}={values[k]}" for k in apart]
+        words = [str(values[k]) if k == "profile" else f"{k}={values[k]}" for k in apart]
         groups.setdefault(", ".join([values["rule"], *words]), []).append(read_metrics(run))
     return groups
 

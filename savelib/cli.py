@@ -115,21 +115,12 @@ def notebook(
 
 def summary(folder: Path) -> str:
     """The figures of a run that matter, before and after, as lines of text."""
+    from savelib.analysis import before_after, warnings
     from savelib.runlog import read_manifest, read_metrics
 
     metrics, manifest = read_metrics(folder), read_manifest(folder)
-    measured = metrics.dropna(subset=["eval/rm_accuracy"])
     lines = [f"run {folder.name}: {manifest['status']} in {manifest.get('seconds', 0):.0f} s", f"{'':44}{'before':>8}{'after':>8}"]
-    names = {
-        "eval/rm_accuracy": "reward model, held-out pairs (accuracy)",
-        "eval/rm_accuracy_current": "reward model, current responses (accuracy)",
-        "eval/gold": "policy, held-out prompts (gold)",
-        "eval/reward": "policy, held-out prompts (reward)",
-    }
-    for column, name in names.items():
-        if column in measured:
-            first, last = measured[column].iloc[0], measured[column].iloc[-1]
-            lines.append(f"{name:44}{first:8.3f}{last:8.3f}")
+    lines += [f"{name:44}{row['before']:8.3f}{row['after']:8.3f}" for name, row in before_after(folder).iterrows()]
     if "filter/kept" in metrics:
         lines.append(f"{'responses kept by the filter (mean)':44}{metrics['filter/kept'].mean():16.3f}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"note: {said}" for said in warnings(metrics)])

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from savelib.config import Config, ConfigError
@@ -260,8 +260,6 @@ def load_reward_model(source: str, config: Config, device: torch.device) -> Rewa
 
 def _labels(path: str) -> int:
     """1 for a causal LM that is to become a reward model; what its config says for a classifier."""
-    from transformers import AutoConfig
-
     found = AutoConfig.from_pretrained(path)
     classifier = any("SequenceClassification" in name for name in found.architectures or [])
     return found.num_labels if classifier else 1

@@ -27,7 +27,9 @@ PAPER = {"color": "0.55", "linestyle": "--", "linewidth": 1}  # how the paper's 
 def use_style() -> None:
     """Set the workbook's look for all following figures."""
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-    plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (6, 3.4)})
+    plt.rcParams.update(
+        {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (6, 3.4)}
+    )
 
 
 # formulas: preference learning, value anchor, filter and forces, on tensors
@@ -58,7 +60,7 @@ def epoch_losses(losses: list[float], levels: dict[str, float], ylabel: str, ax:
     ax.plot(range(1, len(losses) + 1), losses, "o-", markersize=4, color=COLOURS["save"], label="loss of the epoch")
     ax.set(xlabel="epoch", ylabel=f"{ylabel}\n(lower is better)")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(-0.12, 1))
     return ax
 
 
@@ -141,6 +143,7 @@ def kept_over_time(
     return ax
 
 
+ARROW = {"arrowstyle": "-|>,head_width=0.25", "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
 FORCES = {"L+": COLOURS["positive"], "L-": COLOURS["negative"], "HL-BT": COLOURS["hl_bt"], "L_R": COLOURS["save"],
           "zero net force": COLOURS["save_zero_net_force"]}  # fmt: skip
 
@@ -159,21 +162,21 @@ def pushes(
     low, high = min(points + ends), max(points + ends)
     if value is not None:
         low, high = min(low, value), max(high, value)
-        ax.axvline(value, color="#333333", linewidth=1)
-        ax.text(value, -0.75, "V(x)", ha="center", va="center", fontsize="small", backgroundcolor="white")
+        ax.vlines(value, -0.45, len(points), color="#333333", linewidth=1)
+        ax.text(value, -0.72, "V(x)", ha="center", va="center", fontsize="small")
     for row, reward in enumerate(points):
         for name, force in forces.items():
             push = force[row].item()
             if abs(push) < 1e-6:
                 continue
-            arrow = {"arrowstyle": "-|>", "color": FORCES[name], "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+            arrow = ARROW | {"color": FORCES[name]}
             ax.annotate("", xy=(reward + scale * push, row), xytext=(reward, row), arrowprops=arrow)
             ax.text(reward + scale * push / 2, row - 0.32, f"{push:+.3f}", ha="center", va="center", fontsize="x-small")
-    ax.plot(points, range(len(points)), "o", color="#333333", markersize=5)
+    ax.plot(points, range(len(points)), "o", color="#333333", markersize=3.5)
     handles = [plt.Line2D([], [], color=FORCES[name], linewidth=2, label=f"force of {name}") for name in forces]
     ax.legend(handles=handles, frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     margin = 0.08 * max(high - low, 1e-3)
-    ax.set(yticks=range(len(points)), yticklabels=names or [f"response {i + 1}" for i in range(len(points))])
+    ax.set(yticks=range(len(points)), yticklabels=_plain(names or [f"response {i + 1}" for i in range(len(points))]))
     ax.set(xlim=(low - margin, high + margin), ylim=(len(points) - 0.4, -1))
     ax.set_xlabel("reward R (further right is better)")
     ax.grid(axis="y", visible=False)
@@ -223,25 +226,35 @@ def filtered_groups(
         if of_kind.any():
             handles.append(plt.Line2D([], [], color="#333333", linestyle="", marker=marker, label=kind))
     ax.legend(handles=handles, frameon=False, fontsize="small", ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    ax.set(yticks=range(len(names)), yticklabels=_plain(names), ylim=(len(names) - 0.4, -0.6))
     ax.set_xlabel("reward R (further right is better); bar: V(x), grey: left out")
     ax.grid(axis="y", visible=False)
     return ax
 
 
-def by_threshold(table: pd.DataFrame, columns: dict[str, str], ax: plt.Axes | None = None) -> plt.Axes:
-    """Metrics of `loop.describe` over the `threshold` they were measured at; dashed grey: the paper's at the start."""
+def by_threshold(table: pd.DataFrame, columns: dict[str, str], ax: plt.Axes | None = None, of: str = "") -> plt.Axes:
+    """Metrics of `loop.describe` over the `threshold` they were measured at; dashed grey: the paper's at the start.
+
+    columns: metric -> its name in the legend. of: a column of counts, for shares that deserve error bars.
+    """
     ax = ax or plt.gca()
     there = [c for c in columns if c in table and table[c].notna().any()]
     for column in there:
-        style = {"marker": "o", "markersize": 4, "color": LINES.get(column, "#333333"), "label": columns[column]}
-        ax.plot(table["threshold"], table[column], **style)
+        y = table[column]
+        error = (y * (1 - y) / table[of]) ** 0.5 if of else None
+        style = {"fmt": "o-", "markersize": 4, "capsize": 2, "color": LINES.get(column, COLOURS["save"])}
+        ax.errorbar(table["threshold"], y, yerr=error, label=columns[column], **style)
     ax.set(xlabel="threshold mu (to the right: fewer are kept)")
     if not there:
         return _nothing_to_show(ax)
-    ax.axvline(0.75, label="mu at the start, m0 = 0.5", **PAPER)
-    ax.legend(frameon=False, fontsize="small")
+    ax.axvline(0.75, label="mu at the start for m0 = 0.5", **PAPER)
+    ax.legend(frameon=False, fontsize="small", ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return ax
+
+
+def _plain(texts: list[str]) -> list[str]:
+    """Texts of models as labels: on one line, and no `$` that matplotlib would take for mathematics."""
+    return [" ".join(text.split()).replace("$", r"\$") for text in texts]
 
 
 # runs: curves of one run, comparison of several

@@ -6,6 +6,7 @@ The backbone is pretrained on such exchanges, half of them right, some followed 
 this makes quality a salient direction of the representation, as pretraining does for large models.
 """
 
+# ruff: noqa: SIM905 - word lists read better as text
 import hashlib
 import json
 import random
@@ -40,7 +41,7 @@ SPECIALS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|end|
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
 # Every number of the recipe; with the words and the seed it names the cached folders.
 RECIPE = {
-    "version": 1,
+    "version": 2,
     "model": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -50,6 +51,8 @@ RECIPE = {
         "initializer_range": 0.1,
     },
     "pretrain": {"steps": 1000, "batch": 64, "lr": 3e-3},
+    "warmup": 0.05,  # shares of the steps; linear
+    "decay": 0.2,
     "sft": {"steps": 60, "batch": 64, "lr": 1e-3},
     "right": 0.5,
     "comment": 0.4,
@@ -60,10 +63,12 @@ RECIPE = {
     "min_auc": 0.98,
 }
 
-_CELLS = list(product(enumerate(CATEGORIES), enumerate(PEOPLE), enumerate(DAYS)))
-PROMPTS = [f"{category} {person} {day} :" for (_, category), (_, person), (_, day) in _CELLS]
-_HELD_OUT = {prompt for prompt, ((c, _), (p, _), (d, _)) in zip(PROMPTS, _CELLS, strict=True) if (c + 3 * p + 5 * d) % 4 == 0}
-_TRAIN = [prompt for prompt in PROMPTS if prompt not in _HELD_OUT]
+_HELD_OUT = {  # prompt -> whether it is kept for evaluation
+    f"{category} {person} {day} :": (c + 3 * p + 5 * d) % 4 == 0
+    for (c, category), (p, person), (d, day) in product(enumerate(CATEGORIES), enumerate(PEOPLE), enumerate(DAYS))
+}
+PROMPTS = list(_HELD_OUT)
+_TRAIN = [prompt for prompt in PROMPTS if not _HELD_OUT[prompt]]
 _WORDS = {word: category for category, words in CATEGORIES.items() for word in words}
 _RESPONSE = re.compile(rf"the (?:really ){{0,2}}({'|'.join(_WORDS)})(?: , friend)? \.")
 _PROMPT_TOKENS = 6  # <|bos|> category person day : <|end|>
@@ -76,7 +81,7 @@ def train_prompts() -> list[str]:
 
 def heldout_prompts() -> list[str]:
     """The 192 prompts kept for evaluation, (category + 3 person + 5 day) % 4 == 0, in the order of `PROMPTS`."""
-    return [prompt for prompt in PROMPTS if prompt in _HELD_OUT]
+    return [prompt for prompt in PROMPTS if _HELD_OUT[prompt]]
 
 
 def well_formed(response: str) -> bool:
@@ -108,8 +113,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _exchange(prompt: str, response: str = "", after: str | None = None) -> str:
-    turns = [prompt] + [response] * bool(response) + [after] * (after is not None)
+def _exchange(*turns: str) -> str:
     return "<|bos|>" + "".join(f"{turn}<|end|>" for turn in turns)
 
 
@@ -137,7 +141,6 @@ def _pretraining_text(rng: random.Random) -> str:
     return _exchange(prompt, response, after)
 
 
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """One CPU thread inside, so that the same seed gives the same numbers whatever OMP_NUM_THREADS says."""
@@ -155,7 +158,8 @@ def _fit(model: LlamaForCausalLM, texts: Callable[[], str], steps: int, batch: i
     token_weight = torch.ones(len(tokenizer))
     token_weight[tokenizer.convert_tokens_to_ids([*GOOD, *BAD, *POLITE, *CURT])] = RECIPE["comment_weight"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    warmup, decay = RECIPE["warmup"] * steps, RECIPE["decay"] * steps  # without a warm-up some seeds never learn
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup, (steps - i) / decay))
     model.train()
     for _ in range(steps):
         encoded = tokenizer([texts() for _ in range(batch)], padding=True, return_tensors="pt")
@@ -262,17 +266,6 @@ def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
     }
 
 
-def _checked_backbone(seed: int) -> LlamaForCausalLM:
-    model = pretrain(seed)
-    found = probe(model, make_tokenizer())
-    if not found["auc"] >= RECIPE["min_auc"]:
-        raise RuntimeError(
-            f"world_seed {seed}: the pretrained backbone does not tell right from wrong "
-            f"(probe AUC {found['auc']:.3f}, needs {RECIPE['min_auc']}); take another world_seed"
-        )
-    return model
-
-
 def _build(name: str, make: Callable[[], LlamaForCausalLM]) -> Path:
     """Hugging Face folder of `make()` and the tokenizer in the cache, built once; `name` and the recipe are its key."""
     facts = [name, RECIPE, make_tokenizer().get_vocab(), CATEGORIES, CHAT_TEMPLATE]
@@ -291,7 +284,18 @@ def build_backbone(world_seed: int = 0) -> Path:
 
     Errors: RuntimeError where the probe shows that quality was not learnt.
     """
-    return _build(f"backbone {world_seed}", lambda: _checked_backbone(world_seed))
+
+    def make() -> LlamaForCausalLM:
+        model = pretrain(world_seed)
+        auc = probe(model, make_tokenizer())["auc"]
+        if not auc >= RECIPE["min_auc"]:
+            raise RuntimeError(
+                f"world_seed {world_seed}: the pretrained backbone does not tell right from wrong (probe AUC {auc:.3f}, "
+                f"needs {RECIPE['min_auc']}); take another world_seed"
+            )
+        return model
+
+    return _build(f"backbone {world_seed}", make)
 
 
 def build_policy(world_seed: int = 0, start_share: float = 0.4) -> Path:
@@ -310,16 +314,20 @@ def build_policy(world_seed: int = 0, start_share: float = 0.4) -> Path:
 
 def _pairs(world_seed: int, start_share: float, prompts: list[str], n: int, seed: str) -> list[dict[str, str]]:
     """`n` pairs of two policy samples of the same prompt, chosen right and rejected wrong."""
+    if n < 1:
+        raise ValueError(f"{n} pairs asked for: take at least 1")
     folder, rng = build_policy(world_seed, start_share), random.Random(seed)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     pairs = []
-    while len(pairs) < n:
+    for _ in range(100):
+        if len(pairs) >= n:
+            return pairs[:n]
         asked = rng.sample(prompts, min(n, len(prompts)))
         for prompt, (a, b) in zip(asked, sample(model, tokenizer, asked, 2, seed=rng.getrandbits(32)), strict=True):
             if gold(prompt, a) != gold(prompt, b):
                 chosen, rejected = (a, b) if gold(prompt, a) else (b, a)
                 pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return pairs[:n]
+    raise RuntimeError(f"{len(pairs)} pairs of {n} found: the policy (start_share {start_share}) hardly ever differs")
 
 
 def preference_pairs(
@@ -327,8 +335,10 @@ def preference_pairs(
 ) -> list[dict[str, str]]:
     """Stage 1's data: `prompt`, `chosen`, `rejected`, two policy samples of a training prompt that differ in gold.
 
-    Each label is flipped with probability `label_noise`.
+    Each label is flipped with probability `label_noise`. Errors: ValueError for a probability outside [0, 1].
     """
+    if not 0 <= label_noise <= 1:
+        raise ValueError(f"label_noise {label_noise}: the share of flipped labels must lie in [0, 1]")
     rng = random.Random(f"labels {world_seed} {seed}")
     pairs = _pairs(world_seed, start_share, _TRAIN, n_pairs, f"preferences {world_seed} {seed}")
     for pair in pairs:
@@ -338,5 +348,5 @@ def preference_pairs(
 
 
 def heldout_pairs(world_seed: int = 0, n: int = 256, start_share: float = 0.4) -> list[dict[str, str]]:
-    """Fixed evaluation pairs on held-out prompts: samples of the initial policy, chosen right, rejected wrong by gold."""
+    """Fixed evaluation pairs on held-out prompts: samples of the initial policy, chosen right by gold."""
     return _pairs(world_seed, start_share, heldout_prompts(), n, f"heldout {world_seed}")

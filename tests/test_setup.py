@@ -149,10 +149,9 @@ def test_installs_once_and_again_only_when_the_pins_change(clone):
 
 def test_a_failed_install_is_done_again(clone):
     (clone / "env/requirements.txt").write_text("this is no requirement\n")
-    for _ in range(2):
-        failed = make("env", cwd=clone)
-        assert failed.returncode and "pip install -r env/requirements.txt" in failed.stdout, failed.stderr
-        assert not (clone / ".venv/.installed").exists()
+    failed = make("env", cwd=clone)
+    assert failed.returncode and "Invalid requirement" in failed.stderr
+    assert "pip install -r env/requirements.txt" in make("-n", "test", cwd=clone).stdout
 
 
 def test_the_smol_profile_installs_its_extra_once(clone):

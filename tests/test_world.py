@@ -1,0 +1,227 @@
+"""The embedded world: grammar and gold, tokenizer, backbone, policy, pairs and the cache."""
+
+import hashlib
+import json
+import random
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from savelib import world
+from savelib.paths import atomic_folder, cache_dir
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    folder = world.build_backbone(0)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return AutoModelForCausalLM.from_pretrained(world.build_policy(0)), world.make_tokenizer()
+
+
+def digest(model):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+
+def test_split():
+    train, heldout = world.train_prompts(), world.heldout_prompts()
+    assert (len(world.PROMPTS), len(train), len(heldout)) == (768, 576, 192)
+    assert set(train) | set(heldout) == set(world.PROMPTS) and not set(train) & set(heldout)
+    assert world.PROMPTS[0] == "fruit mary monday :" in heldout  # 0 + 0 + 0
+    assert "fruit mary friday :" in heldout and "fruit mary tuesday :" in train  # 5 * 4, 5 * 1
+    assert "animal john monday :" in heldout and "animal mary monday :" in train  # 1 + 3, 1
+    words = [word for group in world.CATEGORIES.values() for word in group]
+    assert len(words) == len(set(words)) == 48 and {len(group) for group in world.CATEGORIES.values()} == {8}
+
+
+@pytest.mark.parametrize(
+    "response, formed, reward",
+    [
+        ("the pear .", True, 1.0),
+        ("the really really pear , friend .", True, 1.0),
+        ("the tiger .", True, 0.0),
+        ("the really really really pear .", False, 0.0),
+        ("the pear , friend", False, 0.0),
+        ("the pear friend .", False, 0.0),
+        ("the pear . .", False, 0.0),
+        ("the pear .\n", False, 0.0),
+        ("the  pear .", False, 0.0),
+        ("The pear .", False, 0.0),
+        ("the fruit .", False, 0.0),
+        ("the pearl .", False, 0.0),
+        (".", False, 0.0),
+        ("", False, 0.0),
+        ("(?:[*\\ \x00 <|end|>", False, 0.0),
+    ],
+)
+def test_gold(response, formed, reward):
+    assert world.well_formed(response) is formed
+    assert world.gold("fruit mary monday :", response) == reward
+    assert world.gold("", response) == 0.0
+
+
+def test_tokenizer_round_trip_and_template(backbone):
+    for tokenizer in (world.make_tokenizer(), backbone[1]):  # as made, and as loaded from the folder
+        prompt, response = "fruit mary monday :", "the really pear , friend ."
+        user = [{"role": "user", "content": prompt}]
+        both = [*user, {"role": "assistant", "content": response}]
+        rendered = tokenizer.apply_chat_template(both, tokenize=False)
+        assert rendered == f"<|bos|>{prompt}<|end|>{response}<|end|>"
+        assert (
+            tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True) == f"<|bos|>{prompt}<|end|>"
+        )
+        ids = tokenizer(rendered).input_ids
+        assert ids == tokenizer.apply_chat_template(both)["input_ids"]
+        assert len(ids) == 13 and tokenizer.unk_token_id not in ids and ids.count(tokenizer.bos_token_id) == 1
+        assert ids[5] == ids[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
+        assert tokenizer.decode(ids[6:], skip_special_tokens=True) == response
+        assert tokenizer.unk_token_id not in tokenizer(world.PROMPTS + list(world._WORDS)).input_ids[0]
+        assert all(len(tokenizer(word).input_ids) == 1 for word in world._WORDS)
+
+
+def test_pretraining_text_follows_the_recipe():
+    rng = random.Random(0)
+    texts = [world._pretraining_text(rng).removeprefix("<|bos|>").split("<|end|>") for _ in range(4000)]
+    assert {len(turns) for turns in texts} == {4} and {turns[3] for turns in texts} == {""}
+    assert {turns[0] for turns in texts} <= set(world.train_prompts())
+    right = [world.gold(*turns[:2]) for turns in texts]
+    assert all(world.well_formed(turns[1]) for turns in texts) and abs(sum(right) / 4000 - 0.5) < 0.03
+    comments = [
+        (turns[2] in world.GOOD) == bool(r)
+        for turns, r in zip(texts, right, strict=True)
+        if turns[2] in world.GOOD + world.BAD
+    ]
+    assert abs(len(comments) / 4000 - 0.4) < 0.03 and abs(sum(comments) / len(comments) - 0.95) < 0.02
+    assert abs(sum(turns[2] == "" for turns in texts) / 4000 - 0.2) < 0.03
+    assert abs(sum(turns[2] in world._WORDS and turns[2] in turns[1] for turns in texts) / 4000 - 0.3) < 0.03
+
+
+def test_backbone_knows_quality(backbone):
+    found = world.probe(*backbone)
+    assert found["auc"] >= 0.98 and found["pc1_auc"] >= 0.95
+    assert 0.1 < found["quality"] <= found["pc1"] < 0.4 and 0.05 < found["politeness"] < 0.3
+
+
+def test_probe_is_near_chance_before_pretraining():
+    assert abs(world.probe(world.pretrain(0, steps=1), world.make_tokenizer())["auc"] - 0.5) < 0.2
+
+
+def test_failed_probe_stops_the_build_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAVE_CACHE", str(tmp_path))
+    monkeypatch.setitem(world.RECIPE, "pretrain", world.RECIPE["pretrain"] | {"steps": 3})
+    with pytest.raises(RuntimeError, match="world_seed 7.*probe AUC"):
+        world.build_backbone(7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_policy_gold_and_form(policy):
+    prompts = world.heldout_prompts()
+    responses = world.sample(*policy, prompts, 4)
+    assert responses == world.sample(*policy, prompts, 4) != world.sample(*policy, prompts, 4, seed=1)
+    rewards = [world.gold(p, r) for p, group in zip(prompts, responses, strict=True) for r in group]
+    assert 0.30 <= sum(rewards) / len(rewards) <= 0.50
+    assert sum(world.well_formed(r) for group in responses for r in group) / len(rewards) > 0.97
+
+
+def test_backbone_loads_as_reward_model_that_reads_the_last_end():
+    model = AutoModelForSequenceClassification.from_pretrained(world.build_backbone(0), num_labels=1)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    texts = [world._exchange("fruit mary monday :", r) for r in ("the pear .", "the really tiger , friend .")]
+    encoded = world.make_tokenizer()(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.model(**encoded).last_hidden_state
+        expected = model.score(hidden[torch.arange(2), encoded.attention_mask.sum(1) - 1])
+        torch.testing.assert_close(model(**encoded).logits, expected)
+
+
+def test_preference_pairs():
+    pairs, clean = world.preference_pairs(0, n_pairs=400), world.preference_pairs(0, n_pairs=400, label_noise=0.0)
+    assert len(pairs) == 400 and pairs == world.preference_pairs(0, n_pairs=400)
+    assert pairs[:40] != world.preference_pairs(0, seed=1)
+    train = set(world.train_prompts())
+    for pair, right in zip(pairs, clean, strict=True):
+        assert pair["prompt"] == right["prompt"] in train
+        assert {pair["chosen"], pair["rejected"]} == {right["chosen"], right["rejected"]}
+        assert world.gold(right["prompt"], right["chosen"]) == 1.0 > world.gold(right["prompt"], right["rejected"])
+    assert abs(sum(a != b for a, b in zip(pairs, clean, strict=True)) / 400 - 0.3) < 0.07
+    assert len(world.preference_pairs(0)) == 40
+
+
+def test_heldout_pairs():
+    pairs = world.heldout_pairs(0)
+    assert len(pairs) == 256 and pairs == world.heldout_pairs(0)
+    assert {pair["prompt"] for pair in pairs} <= set(world.heldout_prompts())
+    assert all(world.gold(p["prompt"], p["chosen"]) > world.gold(p["prompt"], p["rejected"]) for p in pairs)
+
+
+@pytest.mark.parametrize(
+    "call, named",
+    [
+        (lambda: world.build_policy(0, 1.5), "start_share 1.5"),
+        (lambda: world.preference_pairs(0, label_noise=2.0), "label_noise 2.0"),
+        (lambda: world.preference_pairs(0, n_pairs=0), "0 pairs"),
+    ],
+)
+def test_bad_input_is_named(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+def test_same_seed_same_weights_and_global_rng_untouched():
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    python = random.getstate()
+    torch.set_num_threads(2)
+    first = digest(world.pretrain(3, steps=4))
+    torch.set_num_threads(1)
+    assert first == digest(world.pretrain(3, steps=4)) != digest(world.pretrain(4, steps=4))
+    assert torch.equal(state, torch.get_rng_state()) and python == random.getstate()
+    torch.set_num_threads(threads)
+
+
+def test_cache_is_keyed_by_recipe_and_reused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAVE_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.setitem(world.RECIPE, "pretrain", world.RECIPE["pretrain"] | {"steps": 2})
+    monkeypatch.setitem(world.RECIPE, "min_auc", 0.0)
+    folder = world.build_policy(5)
+    assert capsys.readouterr().out.count("\n") == 2  # backbone and policy
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert world.build_policy(5) == folder and capsys.readouterr().out == ""
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    others = {world.build_policy(5, 0.6), world.build_policy(6), world.build_backbone(5), folder}
+    assert len(others) == 4 and {path.name for path in tmp_path.iterdir()} >= {path.name for path in others}
+    monkeypatch.setitem(world.RECIPE, "comment_weight", 5.0)
+    assert world.build_backbone(5) not in others
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def test_interrupted_folder_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "deep" / "a") as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_racing_builders_share_the_first_folder(tmp_path):
+    target, barrier, wrote = tmp_path / "a", threading.Barrier(4), []
+
+    def build(i):
+        with atomic_folder(target) as folder:
+            (folder / "who.json").write_text(json.dumps(i))
+            wrote.append(i)
+            barrier.wait()
+
+    builders = [threading.Thread(target=build, args=(i,)) for i in range(4)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert sorted(wrote) == [0, 1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert json.loads((target / "who.json").read_text()) in wrote and len(list(target.iterdir())) == 1
