@@ -48,7 +48,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/rollout": ("seconds for sampling", "lower"),
     "time/reward_model": ("seconds for the reward model's update", "lower"),
     "time/policy": ("seconds for the policy's update", "lower"),
-    "memory/peak_gb": ("peak GPU memory (GiB)", "lower"),
+    "memory/peak_gb": ("peak memory of the process, on CUDA of the allocator (GiB)", "lower"),
 }
 BEFORE_AFTER = ("eval/rm_accuracy", "eval/rm_accuracy_current", "eval/gold", "eval/reward")
 SEEDS = ("seed", "world_seed")  # runs that differ in these alone are repetitions of one another

@@ -8,10 +8,11 @@ from typing import NamedTuple
 PAIRED = 1 / 3  # share of prompts with two constraints
 
 TOPICS = (
-    "the sea", "the rain", "winter", "a cat", "a dog", "the moon", "the sun", "a river", "a mountain", "bread", "coffee",
-    "music", "a garden", "an old house", "a train", "a good book", "friendship", "the snow", "a forest", "the city",
-    "breakfast", "sleep", "a birthday", "the night sky", "a bicycle", "school", "a teacher", "the wind", "an apple",
-    "spring", "a market", "the desert", "a bird", "a holiday", "a storm", "time", "a doctor", "an island", "tea", "fire",
+    "the sea", "the rain", "winter", "a cat", "a dog", "the moon", "the sun", "a river", "a mountain",
+    "bread", "coffee", "music", "a garden", "an old house", "a train", "a good book", "friendship",
+    "the snow", "a forest", "the city", "breakfast", "sleep", "a birthday", "the night sky", "a bicycle",
+    "school", "a teacher", "the wind", "an apple", "spring", "a market", "the desert", "a bird", "a holiday",
+    "a storm", "time", "a doctor", "an island", "tea", "fire",
 )  # fmt: skip
 
 TASKS = {
@@ -24,7 +25,7 @@ TASKS = {
     "complete": ("Complete the sentence: {topic} is like ...", "Complete the sentence: {topic} is not ..."),
     "ask": ("Write one short question about {topic}.", "Ask me a short question about {topic}."),
     "greet": ("Say hello to {topic}.", "Cheer for {topic}!"),
-    "list": ("Name some words that go with {topic}.", "Write a short list of things about {topic}."),
+    "list": ("Make a short list about {topic}.", "Name some things you need for {topic}."),
 }
 
 
@@ -78,12 +79,12 @@ def sentences(response: str, n: int) -> bool:
     return len(re.findall(r"[.!?]+[\"”)]*(?=\s|$)", response)) == n
 
 
-@_kind("length", "Give exactly {n} items, one on each line.", "list", n=range(2, 5))
+@_kind("length", "List exactly {n} things, one on each line.", "list", n=range(2, 4))
 def list_items(response: str, n: int) -> bool:
     return len(re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+\S", response, re.MULTILINE)) == n
 
 
-@_kind("start", 'Start with the word "{word}".', word=("Today", "Every", "When", "If", "Many", "Sometimes", "My"))
+@_kind("start", 'Start with the word "{word}".', word=("Today", "When", "In", "If", "Every", "My"))
 def starts_with(response: str, word: str) -> bool:
     return _words(response)[0] == word.casefold()
 
@@ -118,7 +119,7 @@ def no_letter(response: str, letter: str) -> bool:
     return letter.casefold() not in response.casefold()
 
 
-@_kind("letter", "Write in lower case only.", "complete")
+@_kind("letter", "(in small letters)", "complete")
 def lower_case(response: str) -> bool:
     return response.islower()
 
@@ -144,15 +145,20 @@ def comma(response: str) -> bool:
 
 
 def _kind_of(check: dict) -> Kind:
-    """The Kind that `check` names, once its argument is known to be what that kind takes."""
-    kind = KINDS.get(check.get("kind")) if isinstance(check, dict) else None
-    if kind is None:
+    """The Kind that `check` names, once its argument is seen to be what that kind takes."""
+    name = check.get("kind") if isinstance(check, dict) else None
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"check {check!r}: 'kind' must be one of {', '.join(KINDS)}")
-    wanted = {kind.argument: type(kind.values[0])} if kind.argument else {}
-    given = {name: type(value) for name, value in check.items() if name != "kind"}
-    if given != wanted or not all(check[name] and check[name] > type_() for name, type_ in wanted.items()):
-        takes = ", ".join(f"{name}: {type_.__name__} (positive, not empty)" for name, type_ in wanted.items())
-        raise ValueError(f"check {check!r}: beside 'kind' it takes {takes or 'nothing'}")
+    kind = KINDS[name]
+    rest = {key: value for key, value in check.items() if key != "kind"}
+    if kind.argument is None:
+        if rest:
+            raise ValueError(f"check {check!r}: beside 'kind' it takes nothing")
+        return kind
+    type_ = type(kind.values[0])  # int or str; 0 and "" are refused too
+    if list(rest) != [kind.argument] or type(rest[kind.argument]) is not type_ or not rest[kind.argument] > type_():
+        what = "an integer above 0" if type_ is int else "a text that is not empty"
+        raise ValueError(f"check {check!r}: beside 'kind' it takes {kind.argument!r}, {what}")
     return kind
 
 
@@ -164,17 +170,18 @@ def describe(checks: list[dict]) -> str:
 def gold(checks: list[dict], response: str) -> float:
     """1.0 if `response` holds a word and fulfils every check, else 0.0.
 
-    Raises ValueError when there is no check, on an unknown kind and on a wrong argument.
+    checks: rows like {"kind": "max_words", "n": 8}. Raises ValueError when there is none, on an unknown kind and
+    on a wrong argument.
     Pitfall: it looks at the text alone; whether the model ended its turn is for the caller to ask.
     """
-    if not checks:
-        raise ValueError("checks is empty: a prompt needs at least one check")
+    if not isinstance(checks, list) or not checks:
+        raise ValueError(f"checks must be a list with at least one check, not {checks!r}")
     kinds = [_kind_of(check) for check in checks]
     response = response.strip()
     if not _words(response):
         return 0.0
-    held = (kind.holds(response, *list(check.values())[1:]) for kind, check in zip(kinds, checks, strict=True))
-    return float(all(held))
+    arguments = [[check[kind.argument]] if kind.argument else [] for kind, check in zip(kinds, checks, strict=True)]
+    return float(all(kind.holds(response, *argument) for kind, argument in zip(kinds, arguments, strict=True)))
 
 
 def make_prompts(n: int, seed: int) -> list[dict]:

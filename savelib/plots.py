@@ -159,9 +159,7 @@ def pushes(
     ax = ax or plt.gca()
     points = rewards.tolist()
     ends = [r + scale * f for force in forces.values() for r, f in zip(points, force.tolist(), strict=True)]
-    low, high = min(points + ends), max(points + ends)
     if value is not None:
-        low, high = min(low, value), max(high, value)
         ax.vlines(value, -0.45, len(points), color="#333333", linewidth=1)
         ax.text(value, -0.72, "V(x)", ha="center", va="center", fontsize="small")
     for row, reward in enumerate(points):
@@ -175,10 +173,11 @@ def pushes(
     ax.plot(points, range(len(points)), "o", color="#333333", markersize=3.5)
     handles = [plt.Line2D([], [], color=FORCES[name], linewidth=2, label=f"force of {name}") for name in forces]
     ax.legend(handles=handles, frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-    margin = 0.08 * max(high - low, 1e-3)
+    ax.update_datalim([(end, 0) for end in ends])
+    ax.margins(x=0.08)
+    ax.autoscale_view(scaley=False)
     ax.set(yticks=range(len(points)), yticklabels=_plain(names or [f"response {i + 1}" for i in range(len(points))]))
-    ax.set(xlim=(low - margin, high + margin), ylim=(len(points) - 0.4, -1))
-    ax.set_xlabel("reward R (further right is better)")
+    ax.set(ylim=(len(points) - 0.4, -1), xlabel="reward R (further right is better)")
     ax.grid(axis="y", visible=False)
     return ax
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -45,14 +47,21 @@ def train(config: Config) -> Path:
             last = step == config.total_steps
             if last or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluate(t)
-            if t.device.type == "cuda":
-                metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated(t.device) / 2**30
+            metrics["memory/peak_gb"] = _peak_memory(t.device)
             log.samples(samples)
             log.metrics(step, metrics)
             if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
                 save_checkpoint(t, step, folder)
         save_models(t, folder)
     return folder
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: the allocator's peak on CUDA, the process's resident peak elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB here
 
 
 def _check_same(config: Config, folder: Path) -> None:

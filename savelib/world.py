@@ -158,7 +158,7 @@ def _fit(model: LlamaForCausalLM, texts: Callable[[], str], steps: int, batch: i
     token_weight = torch.ones(len(tokenizer))
     token_weight[tokenizer.convert_tokens_to_ids([*GOOD, *BAD, *POLITE, *CURT])] = RECIPE["comment_weight"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    warmup, decay = RECIPE["warmup"] * steps, RECIPE["decay"] * steps  # without a warm-up some seeds never learn
+    warmup, decay = RECIPE["warmup"] * steps, RECIPE["decay"] * steps  # without warm-up some seeds fail the probe
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup, (steps - i) / decay))
     model.train()
     for _ in range(steps):
@@ -213,11 +213,12 @@ def sample(
     """`n` responses to each prompt of the world, from a generator of its own: the global RNG is not touched."""
     generator = torch.Generator(model.device).manual_seed(seed)
     start = tokenizer([_exchange(prompt) for prompt in prompts], return_tensors="pt").input_ids.to(model.device)
-    ids = start.repeat_interleave(n, 0)  # [N * n, 6]
+    ids, end = start.repeat_interleave(n, 0), tokenizer.eos_token_id  # [N * n, 6]
     for _ in range(max_new_tokens):
         probabilities = (model(input_ids=ids).logits[:, -1] / temperature).softmax(-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
-    end = tokenizer.eos_token_id
+        if (ids[:, _PROMPT_TOKENS:] == end).any(1).all():
+            break
     rows = [row[: row.index(end)] if end in row else row for row in ids[:, _PROMPT_TOKENS:].tolist()]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [texts[i : i + n] for i in range(0, len(texts), n)]
@@ -290,8 +291,8 @@ def build_backbone(world_seed: int = 0) -> Path:
         auc = probe(model, make_tokenizer())["auc"]
         if not auc >= RECIPE["min_auc"]:
             raise RuntimeError(
-                f"world_seed {world_seed}: the pretrained backbone does not tell right from wrong (probe AUC {auc:.3f}, "
-                f"needs {RECIPE['min_auc']}); take another world_seed"
+                f"world_seed {world_seed}: the pretrained backbone does not tell right from wrong "
+                f"(probe AUC {auc:.3f}, needs {RECIPE['min_auc']}); take another world_seed"
             )
         return model
 
