@@ -44,7 +44,7 @@ def save_models(t: Trainer, folder: Path) -> None:
 
 
 def latest_checkpoint(run: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the newest checkpoint whose checksums hold; a damaged one is named on stderr and passed over."""
+    """(step, folder) of the newest checkpoint whose checksums hold; a damaged one is named on stderr, not used."""
     for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
         try:
             made = json.loads((folder / "checkpoint.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -34,10 +35,9 @@ def _values(pairs: list[str]) -> dict:
         if not equals:
             raise ConfigError(f"{pair!r}: write name=value")
         typed = yaml.safe_load(value) if value else ""
-        try:
-            typed = float(value) if isinstance(typed, str) and value else typed
-        except ValueError:
-            pass
+        if isinstance(typed, str) and value:
+            with suppress(ValueError):
+                typed = float(value)
         out[name] = typed
     return out
 
@@ -96,7 +96,9 @@ def notebook(
         values["run_id"] = new_run_id(config)
         folder = runs_dir() / values["run_id"]
         if (folder / "config.yaml").exists() and config.resume == "never":
-            raise ConfigError(f"run_id = {config.run_id!r}: {folder} already holds a run; choose another run_id, or resume=auto")
+            raise ConfigError(
+                f"run_id = {config.run_id!r}: {folder} already holds a run; choose another run_id, or resume=auto"
+            )
     except ConfigError as error:
         fail(error)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,10 @@ def summary(folder: Path) -> str:
     from savelib.runlog import read_manifest, read_metrics
 
     metrics, manifest = read_metrics(folder), read_manifest(folder)
-    lines = [f"run {folder.name}: {manifest['status']} in {manifest.get('seconds', 0):.0f} s", f"{'':44}{'before':>8}{'after':>8}"]
+    lines = [
+        f"run {folder.name}: {manifest['status']} in {manifest.get('seconds', 0):.0f} s",
+        f"{'':44}{'before':>8}{'after':>8}",
+    ]
     lines += [f"{name:44}{row['before']:8.3f}{row['after']:8.3f}" for name, row in before_after(folder).iterrows()]
     if "filter/kept" in metrics:
         lines.append(f"{'responses kept by the filter (mean)':44}{metrics['filter/kept'].mean():16.3f}")

@@ -34,7 +34,9 @@ class Config(BaseModel):
 
     # the run
     profile: str = _field("paper", "ours", "tiny (embedded world), smol (SmolLM2-135M) or paper (table 8)")
-    run_id: str = _field("", "ours", "name of the folder under runs/; empty: made from profile, rule, algo, seed and time")
+    run_id: str = _field(
+        "", "ours", "name of the folder under runs/; empty: made from profile, rule, algo, seed and time"
+    )
     seed: int = _field(0, "ours", "seed of sampling, data order and head initialisation", ge=0)
     resume: Literal["never", "auto"] = _field("never", "ours", "auto: go on from the last checkpoint of run_id")
     checkpoint_every: int = _field(20, "ours", "steps between checkpoints; 0: none", ge=0)
@@ -43,7 +45,9 @@ class Config(BaseModel):
     eval_prompts: int = _field(64, "ours", "held-out prompts of an evaluation", ge=1)
     device: str = _field("auto", "ours", "auto, cpu, cuda or cuda:N")
     precision: Literal["float32", "bfloat16"] = _field(
-        "bfloat16", "section 4.1", "arithmetic on CUDA (autocast); weights are always held in float32; CPU computes in float32"
+        "bfloat16",
+        "section 4.1",
+        "arithmetic on CUDA (autocast); weights are always held in float32; CPU computes in float32",
     )
 
     # models and data
@@ -54,16 +58,24 @@ class Config(BaseModel):
     preferences: str = _field(
         "HuggingFaceH4/ultrafeedback_binarized", "section 4.1", "pairs: hub id, .jsonl[.gz], .parquet, or embedded"
     )
-    prompts: str = _field("openbmb/UltraFeedback", "section 4.1", "RL prompts: hub id, .jsonl[.gz], .parquet, or embedded")
+    prompts: str = _field(
+        "openbmb/UltraFeedback", "section 4.1", "RL prompts: hub id, .jsonl[.gz], .parquet, or embedded"
+    )
     eval_preferences: str = _field("", "ours", "held-out pairs; empty: the last tenth of preferences")
     eval_prompts_source: str = _field("", "ours", "held-out prompts; empty: the last tenth of prompts")
-    bad_rows: Literal["error", "skip"] = _field("error", "ours", "a row with an empty or odd field: stop, or leave it out")
+    bad_rows: Literal["error", "skip"] = _field(
+        "error", "ours", "a row with an empty or odd field: stop, or leave it out"
+    )
     prompt_selection: Literal["responses_fit", "responses_exceed", "all"] = _field(
         "responses_fit", "section 4.1, open", "keep prompts whose dataset responses fit in (or exceed) max_new_tokens"
     )
     world_seed: int = _field(0, "ours", "which embedded world: the seed of its pretrained backbone", ge=0)
-    start_share: float = _field(0.4, "ours", "embedded world: share of right responses in the policy's SFT data", gt=0, lt=1)
-    label_noise: float = _field(0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5)
+    start_share: float = _field(
+        0.4, "ours", "embedded world: share of right responses in the policy's SFT data", gt=0, lt=1
+    )
+    label_noise: float = _field(
+        0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5
+    )
     max_prompt_tokens: int = _field(2048, "ours", "longer prompts are an error", ge=1)
 
     # stage 1: preference learning (eq. 2, 11)
@@ -97,9 +109,13 @@ class Config(BaseModel):
     )
     initial_margin: float = _field(0.5, "table 8, m0", "initial margin of eq. 14", ge=0, le=1)
     length_filter: Literal["reward_model", "both"] = _field(
-        "reward_model", "F.1, open", "who ignores responses that end without an end token: the RM update, or the policy's too"
+        "reward_model",
+        "F.1, open",
+        "who ignores responses that end without an end token: the RM update, or the policy's too",
     )
-    rm_steps: int = _field(1, "algorithm 2, open", "RM gradient steps per batch; the filter stays that of the first", ge=1)
+    rm_steps: int = _field(
+        1, "algorithm 2, open", "RM gradient steps per batch; the filter stays that of the first", ge=1
+    )
     backbone_lr: float = _field(1e-7, "table 8", "backbone learning rate in the loop; 0 freezes it", ge=0)
     reward_head_lr: float = _field(1e-7, "table 8", "reward head learning rate in the loop", gt=0)
     value_head_lr: float = _field(1e-5, "table 8", "value head learning rate in the loop", gt=0)
@@ -223,7 +239,7 @@ def check_names(names: Any, valid: Any) -> None:
 def notebook_config(cells: list[str], also: tuple[str, ...] = ()) -> Config:
     """The Config of a notebook: its parameters cell, then what papermill injected. `None` means the profile's value.
 
-    cells: the sources executed so far (`In` in a notebook); those that begin with `# Parameters` count, as papermill's do.
+    cells: the sources executed so far (`In` in a notebook); those that begin with `# Parameters` count.
     also: the notebook's own parameters that are no config fields.
     Pitfall: papermill accepts any name, so a misspelt `-p alg rloo` would train the default; here it raises.
     """

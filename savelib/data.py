@@ -68,7 +68,10 @@ def load_preferences(source: str, config: Config) -> list[Preference]:
     """All pairs of a source, in its order. Raises ConfigError naming file, line and column of a bad row."""
     if source == "embedded":
         pairs = world.preference_pairs(
-            world_seed=config.world_seed, label_noise=config.label_noise, seed=config.seed, start_share=config.start_share
+            world_seed=config.world_seed,
+            label_noise=config.label_noise,
+            seed=config.seed,
+            start_share=config.start_share,
         )
         return [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs]
     return _converted(_rows(source, "preferences", "train_prefs"), _preference, config)
@@ -170,7 +173,7 @@ def _hub_rows(source: str, field: str, split: str) -> Iterator[tuple[str, dict[s
     except Exception as error:  # whatever the hub client raises: offline, missing, gated, unknown split
         raise ConfigError(
             f"{field} = {source!r} could not be loaded from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); check the id, your connection and login, or give a local file"
+            f"{str(error).splitlines()[0] if str(error) else ''}); check id, connection and login, or give a local file"
         ) from None
     yield from ((f"{source}, row {i}", row) for i, row in enumerate(data))
 
@@ -178,7 +181,9 @@ def _hub_rows(source: str, field: str, split: str) -> Iterator[tuple[str, dict[s
 # rows -> the internal form
 
 
-def _converted(rows: Iterable[tuple[str, dict[str, Any]]], convert: Callable[[dict, str], T], config: Config) -> list[T]:
+def _converted(
+    rows: Iterable[tuple[str, dict[str, Any]]], convert: Callable[[dict, str], T], config: Config
+) -> list[T]:
     """Every row converted; a row with bad content is an error, or under bad_rows=skip left out and counted aloud."""
     good, bad = [], []
     for where, row in rows:

@@ -36,7 +36,11 @@ def ranking_accuracy(rewards: torch.Tensor, gold: torch.Tensor) -> float:
     right, wrong = gold > 0.5, gold <= 0.5
     both = right[:, :, None] & wrong[:, None, :]  # [B, G, G]
     difference = rewards[:, :, None] - rewards[:, None, :]
-    return (((difference > 0) + 0.5 * (difference == 0)) * both).sum().item() / max(int(both.sum()), 1) if both.any() else float("nan")
+    return (
+        (((difference > 0) + 0.5 * (difference == 0)) * both).sum().item() / max(int(both.sum()), 1)
+        if both.any()
+        else float("nan")
+    )
 
 
 def evaluate(t: Trainer) -> dict[str, float]:

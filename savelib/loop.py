@@ -72,8 +72,8 @@ def seed_everything(*parts: int | str) -> None:
 # stage 1: preference learning
 
 STAGE1 = (
-    "reward_model", "preferences", "eval_preferences", "bad_rows", "world_seed", "start_share", "label_noise", "seed", "precision",
-    "bt_epochs", "bt_batch_size", "bt_backbone_lr", "bt_head_lr", "max_grad_norm",
+    "reward_model", "preferences", "eval_preferences", "bad_rows", "world_seed", "start_share", "label_noise", "seed",
+    "precision", "bt_epochs", "bt_batch_size", "bt_backbone_lr", "bt_head_lr", "max_grad_norm",
 )  # fmt: skip
 STAGE2 = STAGE1 + (
     "policy_model", "prompts", "prompt_selection", "value_position", "value_head", "value_init", "anchor_prompts",
@@ -124,7 +124,9 @@ def fit_bradley_terry(rm: RewardModel, pairs: list[Preference], config: Config) 
         yield sum(losses) / len(pairs)
 
 
-def bradley_terry_step(rm: RewardModel, pairs: list[Preference], optimizer: torch.optim.Optimizer, config: Config) -> float:
+def bradley_terry_step(
+    rm: RewardModel, pairs: list[Preference], optimizer: torch.optim.Optimizer, config: Config
+) -> float:
     """One gradient step of eq. 11 on a batch of pairs, in micro-batches; returns the loss."""
     encoded = [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in pairs]
     size = max(1, config.micro_batch_groups * config.group_size // 2)
@@ -189,7 +191,9 @@ def anchor_stage(config: Config) -> str:
     return str(target)
 
 
-def anchor_targets(rm: RewardModel, policy: nn.Module, tokenizer, prompts: list[Prompt], config: Config) -> tuple[Tensor, Tensor]:
+def anchor_targets(
+    rm: RewardModel, policy: nn.Module, tokenizer, prompts: list[Prompt], config: Config
+) -> tuple[Tensor, Tensor]:
     """Sample K responses to each prompt and score them: (hidden states for V [M, H], rewards [M, K]), no graph."""
     seed_everything("stage 2", config.seed)
     count = min(config.anchor_prompts or len(prompts), len(prompts))
@@ -236,7 +240,9 @@ class GroupScores:
 
 def encode_groups(rm: RewardModel, rollout: Rollout) -> list[Encoded]:
     """The B groups of a rollout, re-rendered by the reward model's own chat template."""
-    return [rm.encode([(p.messages, t) for t in texts]) for p, texts in zip(rollout.prompts, rollout.texts, strict=True)]
+    return [
+        rm.encode([(p.messages, t) for t in texts]) for p, texts in zip(rollout.prompts, rollout.texts, strict=True)
+    ]
 
 
 def _score_some(rm: RewardModel, groups: list[Encoded], config: Config) -> GroupScores:
@@ -303,14 +309,16 @@ class Trainer:
         return KL_IN_LOSS[c.algo] if c.kl == "algorithm" else c.kl == "loss"
 
     def batch(self, rows: list, step: int, size: int) -> list:
-        """The step's rows (steps from 1): epochs of seeded permutations, so that a step's data is known by its number."""
+        """The step's rows (steps from 1), from epochs of seeded permutations: the step's number tells its data."""
         start = (step - 1) * size
         if not rows:
             raise ConfigError("no training data")
         picked = []
         for i in range(start, start + size):
             epoch, at = divmod(i, len(rows))
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.config.seed * 100_003 + epoch))
+            order = torch.randperm(
+                len(rows), generator=torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
+            )
             picked.append(rows[int(order[at])])
         return picked
 
@@ -427,14 +435,20 @@ def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int) 
     mask = rollout.completion_mask.flatten(0, 1)  # [N, T]
 
     def logprobs_of(model: nn.Module, chosen: Tensor) -> Tensor:  # [n, T]
-        return _pad_columns([completion_logprobs(model, rollout, part, c) for part in chosen.split(size)], mask.shape[1])
+        return _pad_columns(
+            [completion_logprobs(model, rollout, part, c) for part in chosen.split(size)], mask.shape[1]
+        )
 
     rewards = feedback.rewards
     with torch.no_grad():
         ref_logprobs = logprobs_of(t.reference, rows)
         if not t.kl_in_loss and c.beta:
             # statistics over all G need the penalised reward of every response of a used group
-            scored = rows if c.advantages_over == "kept" else used.any(1).repeat_interleave(c.group_size).nonzero().squeeze(1)
+            scored = (
+                rows
+                if c.advantages_over == "kept"
+                else used.any(1).repeat_interleave(c.group_size).nonzero().squeeze(1)
+            )
             logprobs = logprobs_of(t.policy, scored)
             references = ref_logprobs if scored is rows else logprobs_of(t.reference, scored)
     if c.algo == "reinforce_pp":
@@ -488,7 +502,7 @@ def _ids(prompts: list[Prompt]) -> str:
 
 
 def check_finite(rewards: Tensor, rollout: Rollout, step: int, rows: slice = slice(None)) -> None:
-    """Raise NonFiniteError, naming the step and the prompts, before anything is updated with a reward that is no number."""
+    """Raise NonFiniteError, naming step and prompts, before anything is updated with a reward that is no number."""
     bad = (~torch.isfinite(rewards)).any(1).tolist()
     if any(bad):
         prompts = [p for p, b in zip(rollout.prompts[rows], bad, strict=True) if b]

@@ -7,7 +7,6 @@ The models stay in eval mode: no dropout, so that the reward that filtered is th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,9 @@ transformers_logging.set_verbosity_error()  # a new reward head is no surprise: 
 
 Messages = list[dict[str, str]]
 VALUE_HEAD_FILE = "value_head.safetensors"
-TEMPLATE_DATE = "26 Jul 2024"  # Llama 3 templates write today's date into the prompt; a score must not change with the day
+TEMPLATE_DATE = (
+    "26 Jul 2024"  # Llama 3 templates write today's date into the prompt; a score must not change with the day
+)
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,7 +74,9 @@ def load_policy(source: str, device: torch.device, field: str = "policy_model"):
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve(source), dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{field} = {source!r}: no causal language model could be loaded: {_first_line(error)}") from None
+        raise ConfigError(
+            f"{field} = {source!r}: no causal language model could be loaded: {_first_line(error)}"
+        ) from None
     return model.to(device).eval(), tokenizer
 
 
@@ -202,7 +205,7 @@ class RewardModel(nn.Module):
     # files
 
     def save(self, folder: str | Path) -> None:
-        """A folder that plain `AutoModelForSequenceClassification.from_pretrained` loads; the value head lies beside."""
+        """A folder that plain `AutoModelForSequenceClassification.from_pretrained` loads, and the value head."""
         folder = Path(folder)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -263,16 +266,3 @@ def _labels(path: str) -> int:
     found = AutoConfig.from_pretrained(path)
     classifier = any("SequenceClassification" in name for name in found.architectures or [])
     return found.num_labels if classifier else 1
-
-
-@contextlib.contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Within the block the modules' parameters take no gradient."""
-    touched = [p for m in modules for p in m.parameters() if p.requires_grad]
-    for p in touched:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in touched:
-            p.requires_grad_(True)

@@ -115,8 +115,8 @@ def _check_lengths(ids: list[list[int]], prompts: list[Prompt], model: nn.Module
             )
         if len(row) + config.max_new_tokens > context:
             raise ConfigError(
-                f"prompt {prompt.id!r} has {len(row)} tokens; with max_new_tokens = {config.max_new_tokens} that exceeds "
-                f"the policy's context of {context}; shorten the prompt or max_new_tokens"
+                f"prompt {prompt.id!r} has {len(row)} tokens; with max_new_tokens = {config.max_new_tokens} that "
+                f"exceeds the policy's context of {context}; shorten the prompt or max_new_tokens"
             )
 
 

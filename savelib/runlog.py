@@ -78,8 +78,12 @@ class RunLog:
             "savelib": __version__,
             "commit": _commit(),
             "python": platform.python_version(),
-            "packages": {p: _version(p) for p in ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+            "packages": {
+                p: _version(p) for p in ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+            },
+            "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"cpu, {torch.get_num_threads()} threads",
         }
         _write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
@@ -106,7 +110,9 @@ def _commit() -> str | None:
     """The checkout's commit, with `+` behind it where tracked files were changed; None outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=project_root(), capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -23,26 +23,25 @@ def train(config: Config) -> Path:
     """
     config = config.model_copy(update={"run_id": new_run_id(config)})
     folder = runs_dir() / config.run_id
-    started = (folder / "config.yaml").exists()
-    if started and config.resume == "auto":
+    found: tuple[int, Path | None] = (-1, None)
+    resuming = config.resume == "auto" and (folder / "config.yaml").exists()
+    if resuming:
         _check_same(config, folder)
         if read_manifest(folder)["status"] == "done":
             print(f"{folder} is already done", flush=True)
             return folder
-        step, checkpoint = latest_checkpoint(folder) or (-1, None)
-        log = RunLog.resume(config, step)
-    else:
-        step, checkpoint = -1, None
-        log = RunLog.create(config)  # refuses a folder that holds a run
-    with log:
-        models = (str(checkpoint / "policy"), str(checkpoint / "reward_model")) if checkpoint else None
-        t = Trainer(config, models)
+        found = latest_checkpoint(folder) or found
+    elif (folder / "config.yaml").exists():
+        RunLog.create(config)  # refuses, before any work is done
+    done, checkpoint = found
+    t = Trainer(config, (str(checkpoint / "policy"), str(checkpoint / "reward_model")) if checkpoint else None)
+    with RunLog.resume(config, done) if resuming else RunLog.create(config) as log:
         if checkpoint:
             load_optimizers(t, checkpoint)
-            print(f"going on after step {step} from {checkpoint}", flush=True)
+            print(f"going on after step {done} from {checkpoint}", flush=True)
         else:
             log.metrics(0, evaluate(t))
-        for step in range(max(step, 0) + 1, config.total_steps + 1):
+        for step in range(max(done, 0) + 1, config.total_steps + 1):
             metrics, samples = save_step(t, step)
             last = step == config.total_steps
             if last or (config.eval_every and step % config.eval_every == 0):
@@ -69,4 +68,6 @@ def _check_same(config: Config, folder: Path) -> None:
     made, wanted = read_config(folder).model_dump(), config.model_dump()
     changed = [k for k in wanted if made[k] != wanted[k] and k not in ("resume", "device")]
     if changed:
-        raise ConfigError(f"run_id = {config.run_id!r} was made with other values of {', '.join(changed)}; give the same")
+        raise ConfigError(
+            f"run_id = {config.run_id!r} was made with other values of {', '.join(changed)}; give the same"
+        )

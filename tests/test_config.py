@@ -11,15 +11,19 @@ from savelib.config import PROFILES, Config, ConfigError, make_config, notebook_
 TABLE8 = {
     "responses per prompt K": "anchor_responses", "value head learning rate": None, "batch size": "anchor_batch_size",
     "epochs": "anchor_epochs", "training steps T": "total_steps", "batch size (prompts)": "batch_size",
-    "group size G": "group_size", "initial margin m0": "initial_margin", "value loss weight lambda_V": "value_loss_weight",
-    "KL penalty beta": "beta", "backbone and reward head learning rate": "backbone_lr", "policy learning rate": "policy_lr",
-    "max generation length (tokens)": "max_new_tokens", "temperature": "temperature", "top-p": "top_p", "top-k": "top_k",
+    "group size G": "group_size", "initial margin m0": "initial_margin",
+    "value loss weight lambda_V": "value_loss_weight",
+    "KL penalty beta": "beta", "backbone and reward head learning rate": "backbone_lr",
+    "policy learning rate": "policy_lr",
+    "max generation length (tokens)": "max_new_tokens", "temperature": "temperature",
+    "top-p": "top_p", "top-k": "top_k",
 }  # fmt: skip
 
 
 def test_the_paper_profile_is_table_8():
     config = make_config(profile="paper")
-    rows = list(csv.DictReader(open(Path(__file__).parent.parent / "data/paper/table8_hyperparameters.csv")))
+    text = (Path(__file__).parent.parent / "data/paper/table8_hyperparameters.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == 17
     for row in rows:
         name = TABLE8[row["name"]] or ("anchor_lr" if row["stage"].startswith("value") else "value_head_lr")
@@ -68,7 +72,11 @@ def test_a_config_file_must_be_a_mapping(tmp_path):
 
 
 def test_notebook_parameters_come_from_the_cells_papermill_wrote():
-    cells = ["# Parameters\nprofile = 'tiny'  # which\nalgo = None\nruns = ''", "# Parameters\nalgo = \"rloo\"\ntotal_steps = 5\n", "seed = 9"]
+    cells = [
+        "# Parameters\nprofile = 'tiny'  # which\nalgo = None\nruns = ''",
+        '# Parameters\nalgo = "rloo"\ntotal_steps = 5\n',
+        "seed = 9",
+    ]
     config = notebook_config(cells, also=("runs",))
     assert (config.algo, config.total_steps, config.seed) == ("rloo", 5, 0)
     with pytest.raises(ConfigError, match="'runs'"):

@@ -44,7 +44,9 @@ def test_parquet_and_gzip(tmp_path):
     pd.DataFrame(rows).to_parquet(tmp_path / "p.parquet")
     with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(r) + "\n" for r in rows)
-    assert load_preferences(str(tmp_path / "p.parquet"), CONFIG) == load_preferences(str(tmp_path / "p.jsonl.gz"), CONFIG)
+    assert load_preferences(str(tmp_path / "p.parquet"), CONFIG) == load_preferences(
+        str(tmp_path / "p.jsonl.gz"), CONFIG
+    )
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -78,7 +80,11 @@ def test_a_file_of_another_kind_or_a_broken_one(tmp_path):
     (tmp_path / "p.csv").write_text("a,b\n")
     (tmp_path / "p.parquet").write_text("no parquet")
     (tmp_path / "p.jsonl.gz").write_text("no gzip")
-    for name, said in [("p.csv", "must end in"), ("p.parquet", "not a readable Parquet"), ("p.jsonl.gz", "cannot be read")]:
+    for name, said in [
+        ("p.csv", "must end in"),
+        ("p.parquet", "not a readable Parquet"),
+        ("p.jsonl.gz", "cannot be read"),
+    ]:
         with pytest.raises(ConfigError, match=said):
             load_preferences(str(tmp_path / name), CONFIG)
 
@@ -86,7 +92,9 @@ def test_a_file_of_another_kind_or_a_broken_one(tmp_path):
 def test_prompts_with_checks_have_a_gold(tmp_path):
     rows = [{"id": "a", "prompt": "Hi"}, {"instruction": "Ho"}]
     plain = load_prompts(jsonl(tmp_path / "p.jsonl", rows), CONFIG)
-    assert [p.text for p in plain] == ["Hi", "Ho"] and not plain[0].has_gold and plain[0].gold("x") != plain[0].gold("x")
+    assert (
+        [p.text for p in plain] == ["Hi", "Ho"] and not plain[0].has_gold and plain[0].gold("x") != plain[0].gold("x")
+    )
     with pytest.raises(ConfigError, match="line 1: column 'checks'"):
         load_prompts(jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi", "checks": [{"kind": "nonsense"}]}]), CONFIG)
 
@@ -95,7 +103,10 @@ def test_prompt_selection_counts_the_policys_tokens(tmp_path):
     from tiny_models import make_policy
 
     policy = str(make_policy(tmp_path / "policy"))  # one token a byte
-    rows = [{"prompt": "short", "completions": [{"response": "x" * 10}]}, {"prompt": "long", "completions": [{"response": "x" * 11}]}]
+    rows = [
+        {"prompt": "short", "completions": [{"response": "x" * 10}]},
+        {"prompt": "long", "completions": [{"response": "x" * 11}]},
+    ]
     path = jsonl(tmp_path / "p.jsonl", rows)
     for selection, left in [("responses_fit", ["short"]), ("responses_exceed", ["long"]), ("all", ["short", "long"])]:
         config = make_config(policy_model=policy, prompt_selection=selection, max_new_tokens=10)

@@ -1,6 +1,7 @@
-"""Instructions with checkable constraints: each checker by hand, the prompts, the files in data/, the SmolLM2 folder."""
+"""Instructions: each checker by hand, the prompts, the files in data/, the SmolLM2 folder."""
 
 import json
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,11 +13,11 @@ DATA = Path(__file__).parents[1] / "data"
 
 # kind: check, responses that hold, responses that do not
 CASES = {
-    "exact_words": ({"n": 5}, ["It's a well-known old song.", "one two three four 5"], ["One two three four.", "a b c d e f"]),
+    "exact_words": ({"n": 5}, ["It's a well-known old song.", "one two 3 4 5"], ["One two.", "a b c d e f"]),
     "max_words": ({"n": 3}, ["Blue.", "The deep sea."], ["The sea is blue."]),
     "min_words": ({"n": 3}, ["The deep sea.", "a b c d"], ["Deep sea."]),
-    "sentences": ({"n": 2}, ["Hello! How are you?", 'He said "hi." Fine.', "Wait... Go."], ["Hello.", "A. B. C.", "3.5 apples."]),
-    "list_items": ({"n": 2}, ["1. tea\n2. milk", "Here:\n- tea\n* milk", "1) a\n\n2) b"], ["tea\nmilk", "1. tea", "- a\n- b\n- c"]),
+    "sentences": ({"n": 2}, ["Hello! Who?", 'He said "hi." Fine.', "Wait... Go."], ["Hello.", "A. B. C.", "3.5 cm."]),
+    "list_items": ({"n": 2}, ["1. tea\n2. milk", "Two:\n- tea\n* milk", "1) a\n2) b"], ["a", "1. a", "- a\n- b\n- c"]),
     "starts_with": ({"word": "My"}, ["My cat sleeps.", '"my cat"'], ["Mystery!", "Oh my cat"]),
     "ends_with": ({"word": "day"}, ["What a day!", 'A new "Day".'], ["Monday", "a day off"]),
     "question": ({}, ["Why?", "Why? "], ["Why.", "Why? Because."]),
@@ -89,24 +90,41 @@ def test_prompts_are_unique_deterministic_and_ask_for_their_checks():
         topics = [KINDS[check["kind"]].topic for check in row["checks"]]
         assert len(set(topics)) == len(topics) in (1, 2)
     assert 0.2 < sum(len(row["checks"]) == 2 for row in prompts) / 400 < 0.4
-    with pytest.raises(ValueError, match="n=1000000"):
-        make_prompts(1_000_000, seed=0)
+    assert len(make_prompts(10_000, seed=0)) == 10_000
+    with pytest.raises(ValueError, match="n=10001"):
+        make_prompts(10_001, seed=0)
 
 
-def test_data_files_agree_with_the_checkers():
-    every = make_prompts(512, seed=0)
+@pytest.fixture(scope="module")
+def script() -> dict:
+    """What data/make_smol_data.py defines."""
+    return runpy.run_path(str(DATA / "make_smol_data.py"))
+
+
+def test_data_files_agree_with_the_script_and_the_checkers(script):
+    first, last = script["N_PREFERENCE"], script["N_PREFERENCE"] + script["N_RL"]
+    every = make_prompts(last + script["N_HELDOUT"], script["SEED"])
     checks = {row["prompt"]: row["checks"] for row in every}
     train, heldout = rows("smol_prompts.jsonl"), rows("smol_heldout_prompts.jsonl")
-    assert (train, heldout) == (every[192:448], every[448:])
-    for name, source in (("smol_preferences", every[:192]), ("smol_heldout_preferences", heldout)):
+    assert (train, heldout) == (every[first:last], every[last:])
+    for name, source in (("smol_preferences", every[:first]), ("smol_heldout_preferences", heldout)):
         pairs = rows(f"{name}.jsonl")
-        assert len({pair["id"] for pair in pairs}) == len(pairs) >= len(source)
-        assert {pair["prompt"] for pair in pairs} <= {row["prompt"] for row in source}
+        prompt_of = {f"{row['id']}-{i}": row["prompt"] for row in source for i in range(script["PAIRS"])}
+        assert len({pair["id"] for pair in pairs}) == len(pairs) > 0
         for pair in pairs:
-            assert set(pair) == {"id", "prompt", "chosen", "rejected"}
+            assert list(pair) == ["id", "prompt", "chosen", "rejected"] and pair["prompt"] == prompt_of[pair["id"]]
             assert gold(checks[pair["prompt"]], pair["chosen"]) == 1.0, pair
-            assert gold(checks[pair["prompt"]], pair["rejected"]) == 0.0, pair
-            assert pair["rejected"].strip()
+            assert gold(checks[pair["prompt"]], pair["rejected"]) == 0.0 and pair["rejected"].strip(), pair
+
+
+def test_script_pairs_only_whole_responses_and_overwrites_nothing(script, monkeypatch):
+    row = {"id": "p0", "prompt": "?", "checks": [{"kind": "no_commas"}]}
+    responses = [("a b", True), ("a, b", False), ("c d", True), ("c, d", True), ("a b", True), ("", True)]
+    pair = {"id": "p0-0", "prompt": "?", "chosen": "a b", "rejected": "c, d"}
+    assert script["make_pairs"]([row], [responses]) == [pair]
+    monkeypatch.setattr("sys.argv", ["make_smol_data.py"])
+    with pytest.raises(SystemExit, match="already there: .*--force"):
+        script["main"]()
 
 
 def test_training_preference_and_heldout_prompts_are_disjoint():

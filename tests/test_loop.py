@@ -14,7 +14,12 @@ from savelib.policy_loss import ALGORITHMS
 from savelib.rollout import completion_logprobs, sample
 from savelib.rules import RULES
 
-PAIRS = [("Name a colour.", "Red is a colour.", "No."), ("Say hi.", "Hi there!", "x"), ("Count.", "One two", "zz"), ("Why?", "Because", "q")]
+PAIRS = [
+    ("Name a colour.", "Red is a colour.", "No."),
+    ("Say hi.", "Hi there!", "x"),
+    ("Count.", "One two", "zz"),
+    ("Why?", "Because", "q"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +28,12 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     prompts, pairs = folder / "prompts.jsonl", folder / "pairs.jsonl"
     prompts.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Prompt number {i}."}) + "\n" for i in range(20)))
-    pairs.write_text("".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), p, strict=True))) + "\n" for p in PAIRS))
+    pairs.write_text(
+        "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), p, strict=True))) + "\n" for p in PAIRS)
+    )
     return dict(
-        profile="paper", policy_model=str(make_policy(folder / "policy")), reward_model=str(make_reward_model(folder / "rm")),
+        profile="paper", policy_model=str(make_policy(folder / "policy")),
+        reward_model=str(make_reward_model(folder / "rm")),
         prompts=str(prompts), preferences=str(pairs), anchor_prompts=8, anchor_responses=4, total_steps=4, batch_size=4,
         group_size=4, max_new_tokens=6, eval_prompts=2, device="cpu", curriculum="none",
     )  # fmt: skip
@@ -78,7 +86,12 @@ def test_a_group_without_contrast_gets_no_backward(world):
 def test_only_what_should_move_moves(world, rule):
     """Table 8's learning rates: 1e-7 on backbone and reward head really moves float32 weights."""
     t = trainer(world, rule=rule, value_head_lr=1e-5)
-    models = {"reward": t.reward_model.model, "value": t.reward_model.value_head, "policy": t.policy, "ref": t.reference}
+    models = {
+        "reward": t.reward_model.model,
+        "value": t.reward_model.value_head,
+        "policy": t.policy,
+        "ref": t.reference,
+    }
     assert all(p.dtype == torch.float32 for m in models.values() for p in m.parameters())
     before = {k: state(m) for k, m in models.items()}
     save_step(t, 1)
@@ -116,14 +129,21 @@ def test_reward_model_update_equals_a_plain_transcription(world, rule):
     again = Trainer(c)
     seed_everything("step", c.seed, 1)
     rollout = sample(again.policy, again.tokenizer, again.batch(again.prompts, 1, 4), 4, c)
-    rows = [[copied.encode([(p.messages, text)]) for text in texts] for p, texts in zip(rollout.prompts, rollout.texts, strict=True)]
+    rows = [
+        [copied.encode([(p.messages, text)]) for text in texts]
+        for p, texts in zip(rollout.prompts, rollout.texts, strict=True)
+    ]
     losses = []
     for b, group in enumerate(rows):
         R = torch.stack([copied.score(one).rewards[0] for one in group])
         ok = rollout.finished[b].tolist()
         V = copied.values(copied.score(group[0]).prompt_hidden)[0].detach()
         if rule == "mean_reward":
-            V = torch.stack([r for r, e in zip(R, ok, strict=True) if e]).mean().detach() if any(ok) else torch.tensor(0.0)
+            V = (
+                torch.stack([r for r, e in zip(R, ok, strict=True) if e]).mean().detach()
+                if any(ok)
+                else torch.tensor(0.0)
+            )
         if rule == "hl_bt":
             usable = sorted((r for r, e in zip(R, ok, strict=True) if e), key=float)
             if len(usable) >= 2:
@@ -138,7 +158,10 @@ def test_reward_model_update_equals_a_plain_transcription(world, rule):
         bad = [r for r, k in zip(R, keep, strict=True) if k and r < V]
         if good and bad:
             top = V.exp() + sum(r.exp() for r in good)
-            losses.append(-sum((r.exp() / top).log() for r in good) / len(good) - (V.exp() / (V.exp() + sum(r.exp() for r in bad))).log())
+            losses.append(
+                -sum((r.exp() / top).log() for r in good) / len(good)
+                - (V.exp() / (V.exp() + sum(r.exp() for r in bad))).log()
+            )
     assert len(losses) == metrics["rm/groups"] >= 1
     sum(losses).div(len(losses)).backward()
     assert metrics["rm/loss"] == pytest.approx(sum(x.item() for x in losses) / len(losses), abs=1e-5)
@@ -148,7 +171,9 @@ def test_reward_model_update_equals_a_plain_transcription(world, rule):
     heads = [p for n, p in copied.model.named_parameters() if n.startswith("score")]
     body = [p for n, p in copied.model.named_parameters() if not n.startswith("score")]
     torch.optim.AdamW([{"params": heads, "lr": 1e-2}, {"params": body, "lr": 1e-3}], weight_decay=0).step()
-    encoded = copied.encode([(p.messages, t_) for p, ts in zip(rollout.prompts, rollout.texts, strict=True) for t_ in ts])
+    encoded = copied.encode(
+        [(p.messages, t_) for p, ts in zip(rollout.prompts, rollout.texts, strict=True) for t_ in ts]
+    )
     with torch.no_grad():
         expected, found = copied.score(encoded).rewards, t.reward_model.score(encoded).rewards
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
@@ -173,15 +198,21 @@ def test_micro_batches_do_not_change_the_step(world, algo):
 
 
 @pytest.mark.parametrize("options", [
-    dict(kl="reward"), dict(kl="loss", algo="rloo"), dict(kl="loss", algo="reinforce_pp"), dict(advantages_over="all", algo="rloo"),
+    dict(kl="reward"), dict(kl="loss", algo="rloo"), dict(kl="loss", algo="reinforce_pp"),
+    dict(advantages_over="all", algo="rloo"),
     dict(policy_groups="both_signs"), dict(length_filter="both"), dict(rm_steps=3), dict(value_head="mlp"),
-    dict(value_init="random"), dict(value_position="generation_prompt"), dict(curriculum="fixed"), dict(beta=0.0, algo="rloo"),
+    dict(value_init="random"), dict(value_position="generation_prompt"), dict(curriculum="fixed"),
+    dict(beta=0.0, algo="rloo"),
 ])  # fmt: skip
 def test_every_open_point_can_be_flipped(world, options):
     t = trainer(world, **options)
     base = trainer(world, **({"algo": options["algo"]} if "algo" in options else {}))
     ours, theirs = save_step(t, 2)[0], save_step(base, 2)[0]
-    same = {k for k in ours.keys() & theirs.keys() if not k.startswith("time/") and ours[k] == pytest.approx(theirs[k], rel=1e-6)}
+    same = {
+        k
+        for k in ours.keys() & theirs.keys()
+        if not k.startswith("time/") and ours[k] == pytest.approx(theirs[k], rel=1e-6)
+    }
     assert same < set(theirs), f"{options} changed nothing"
     assert all(torch.isfinite(p).all() for m in (t.policy, t.reward_model) for p in m.parameters())
 

@@ -104,7 +104,7 @@ def papermill(name: str, runs: Path, cwd: Path = ROOT, /, **parameters) -> tuple
         env=os.environ | {"SAVE_RUNS": str(runs), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     return done, copy
 

@@ -13,26 +13,34 @@ from tiny_models import make_policy, make_reward_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from savelib.cli import app
 from savelib.checkpoint import latest_checkpoint
+from savelib.cli import app
 from savelib.config import ConfigError, make_config
 from savelib.launch import RunFailed, launch
 from savelib.runlog import read_config, read_manifest, read_metrics, read_samples
 from savelib.train import train
 
-PAIRS = [("Name a colour.", "Red is one.", "No."), ("Say hi.", "Hi there!", "x"), ("Count.", "One two", "zz"), ("Why?", "Because", "q")]
+PAIRS = [
+    ("Name a colour.", "Red is one.", "No."),
+    ("Say hi.", "Hi there!", "x"),
+    ("Count.", "One two", "zz"),
+    ("Why?", "Because", "q"),
+]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Prompt {i}."}) + "\n" for i in range(20)))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"id": f"p{i}", "prompt": f"Prompt {i}."}) + "\n" for i in range(20))
+    )
     rows = [dict(zip(("prompt", "chosen", "rejected"), p, strict=True)) for p in PAIRS]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return dict(
         profile="paper", policy_model=str(make_policy(folder / "policy", "qwen3")),
         reward_model=str(make_reward_model(folder / "rm")), prompts=str(folder / "prompts.jsonl"),
-        preferences=str(folder / "pairs.jsonl"), anchor_prompts=4, anchor_responses=4, total_steps=6, batch_size=2, group_size=4,
+        preferences=str(folder / "pairs.jsonl"), anchor_prompts=4, anchor_responses=4, total_steps=6, batch_size=2,
+        group_size=4,
         max_new_tokens=6, eval_prompts=2, device="cpu", curriculum="none", checkpoint_every=2, eval_every=3,
         policy_lr=1e-3, backbone_lr=1e-4, reward_head_lr=1e-3,
     )  # fmt: skip
@@ -50,7 +58,7 @@ def cli(*words):
 
 def lines(run):
     """metrics.jsonl without what a clock says."""
-    rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in rows]
 
 
@@ -60,7 +68,11 @@ def test_a_run_is_a_folder_of_files(base):
     metrics, manifest = read_metrics(folder), read_manifest(folder)
     assert metrics["step"].tolist() == list(range(7))
     assert metrics["eval/rm_accuracy"].notna().tolist() == [True, False, False, True, False, False, True]
-    assert manifest["status"] == "done" and manifest["packages"]["torch"] == torch.__version__.split("+")[0] or manifest["packages"]["torch"]
+    assert (
+        manifest["status"] == "done"
+        and manifest["packages"]["torch"] == torch.__version__.split("+")[0]
+        or manifest["packages"]["torch"]
+    )
     samples = read_samples(folder)
     assert set(samples["side"]) <= {"positive", "negative", "left out"} and samples["gold"].isna().all()
     assert (samples["rm_advantage"] - (samples["reward"] - samples["value"])).abs().max() < 1e-6
@@ -124,7 +136,12 @@ def test_nothing_is_left_running_after_an_interrupt(base):
 
     def interrupt(line):
         if line.startswith("step "):
-            pids.extend(int(p) for p in subprocess.run(["pgrep", "-f", "savelib train --config"], capture_output=True, text=True).stdout.split())
+            pids.extend(
+                int(p)
+                for p in subprocess.run(
+                    ["pgrep", "-P", str(os.getpid()), "-f", "savelib train"], capture_output=True, text=True
+                ).stdout.split()
+            )
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -134,8 +151,11 @@ def test_nothing_is_left_running_after_an_interrupt(base):
 
 def test_no_process_outlives_a_killed_parent(base, tmp_path):
     (tmp_path / "c.yaml").write_text(make_config(**base | {"total_steps": 500}, run_id="orphan").to_yaml())
-    code = f"from savelib.launch import launch; from savelib.config import make_config; launch(make_config({str(tmp_path / 'c.yaml')!r}))"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = "from savelib.launch import launch; from savelib.config import make_config; import sys; "
+    code += "launch(make_config(sys.argv[1]))"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "c.yaml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     metrics = tmp_path / "runs/orphan/metrics.jsonl"
     while not metrics.is_file():
         assert parent.poll() is None

@@ -17,7 +17,8 @@ from transformers import (
 LLAMA3 = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday Date: "
     "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}"
+    "<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 CHATML = (
@@ -55,7 +56,13 @@ def make_policy(folder: Path, architecture: str = "qwen2", chat_template: bool =
     tokenizer = byte_tokenizer("chatml")
     kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[architecture]
     more = {"head_dim": 8} if architecture == "qwen3" else {}
-    config = kind(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SIZES, **more)
+    config = kind(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **SIZES,
+        **more,
+    )
     if not chat_template:
         tokenizer.chat_template = None
     model = AutoModelForCausalLM.from_config(config)
@@ -70,7 +77,9 @@ def make_reward_model(folder: Path, num_labels: int = 1, kind: str = "llama") ->
     tokenizer = byte_tokenizer("llama")
     common = dict(vocab_size=len(tokenizer), num_labels=num_labels, pad_token_id=tokenizer.pad_token_id)
     if kind == "llama":
-        config = LlamaConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **common, **SIZES)
+        config = LlamaConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **common, **SIZES
+        )
     else:
         config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **common)
     return _save(AutoModelForSequenceClassification.from_config(config), tokenizer, folder)
