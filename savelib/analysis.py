@@ -56,10 +56,10 @@ BOOKKEEPING = ("run_id", "resume", "device", "checkpoint_every", "keep_checkpoin
 DRIFT = 1.0  # how far the mean reward may move before it is worth a warning
 
 
-def axis_label(column: str) -> str:
+def axis_label(column: str, prefix: str = "") -> str:
     """What a metric is and which way is better, in lines short enough for an axis."""
     name, better = METRICS[column]
-    return "\n".join([*textwrap.wrap(name, 34), *([f"({better} is better)"] if better else [])])
+    return "\n".join([*textwrap.wrap(prefix + name, 34), *([f"({better} is better)"] if better else [])])
 
 
 def config_table(config: Config, against: Config | None = None) -> pd.DataFrame:

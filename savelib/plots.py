@@ -313,7 +313,7 @@ def metric(
         ax.plot(table.index, table.mean(1), ls=style, marker=marker, markersize=4, color=COLOURS.get(rule), label=label)
         if len(runs) > 1:
             ax.fill_between(table.index, table.min(1), table.max(1), color=COLOURS.get(rule), alpha=0.12, linewidth=0)
-    ax.set(xlabel="step", ylabel="change of: " * since_start + axis_label(column))
+    ax.set(xlabel="step", ylabel=axis_label(column, "change: " * since_start))
     if not drawn:
         return _nothing_to_show(ax)
     ax.legend(frameon=False, fontsize="small")
