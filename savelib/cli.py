@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,10 @@ import yaml
 from savelib.config import Config, ConfigError, make_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+# nbconvert's page gives source listings in outputs the font of the text
+MONOSPACE = (
+    "<style>.jp-OutputArea-output .highlight pre { font-family: var(--jp-code-font-family, monospace); }</style>"
+)
 Pairs = Annotated[list[str], typer.Option("--set", help="name=value of any config field; repeatable")]
 
 
@@ -49,10 +52,6 @@ def train(
     set_: Pairs = [],  # noqa: B006
 ) -> None:
     """Run SAVE in this process; the result is a folder under runs/."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, imported by accelerate, says that it found none
     from savelib.loop import NonFiniteError
     from savelib.train import train as run
 
@@ -110,7 +109,7 @@ def notebook(
     finally:
         if out.exists():
             html, _ = HTMLExporter().from_notebook_node(nbformat.read(out, 4))
-            out.with_suffix(".html").write_text(html, encoding="utf-8")
+            out.with_suffix(".html").write_text(html.replace("</head>", MONOSPACE + "</head>", 1), encoding="utf-8")
     print(summary(folder))
     print(f"\nlook at   {out.with_suffix('.html')}\nfiles in  {folder}")
 

@@ -82,14 +82,19 @@ STAGE2 = STAGE1 + (
 )  # fmt: skip
 
 
-def _stage_folder(name: str, config: Config, fields: tuple[str, ...]) -> Path:
-    """Cache folder of a stage: its name hashes every field that its result depends on, and the local data's content."""
-    key = {k: v for k, v in config.only(*fields).items()} | {"version": __version__}
-    for source in (config.preferences, config.eval_preferences, config.prompts):
-        path = Path(resolve(source)) if source else None
+def _stage_folder(stage: str, config: Config, fields: tuple[str, ...]) -> Path:
+    """Cache folder of a stage: its name hashes all that the result depends on, local models and data included."""
+    key = config.only(*fields) | {"version": __version__}
+    models = {"policy_model": policy_source, "reward_model": reward_source}
+    for field, source in models.items():
+        if field in fields:
+            files = sorted(Path(resolve(source(config))).glob("*.*"))  # none for a hub id
+            key[field] = [source(config), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+    for data in (config.preferences, config.eval_preferences, config.prompts):
+        path = Path(resolve(data)) if data else None
         if path and path.is_file():
-            key[f"sha256 of {source}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return cache_dir() / f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+            key[f"sha256 of {data}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return cache_dir() / f"{stage}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def preference_stage(config: Config) -> str:
@@ -102,7 +107,7 @@ def preference_stage(config: Config) -> str:
     target = _stage_folder("stage1", config, STAGE1)
     if not target.is_dir():
         seed_everything("stage 1", config.seed)
-        rm = load_reward_model(reward_source(config), config, pick_device(config.device))
+        rm = load_reward_model(reward_source(config), config, pick_device(config.device, config.threads))
         pairs, _ = train_and_heldout_preferences(config)
         print(f"stage 1: Bradley-Terry on {len(pairs)} pairs, {config.bt_epochs} epoch(s)", flush=True)
         for loss in fit_bradley_terry(rm, pairs, config):
@@ -178,7 +183,7 @@ def anchor_stage(config: Config) -> str:
         return source
     target = _stage_folder("stage2", config, STAGE2)
     if not target.is_dir():
-        device = pick_device(config.device)
+        device = pick_device(config.device, config.threads)
         rm = load_reward_model(source, config, device)
         policy, tokenizer = load_policy(policy_source(config), device)
         prompts, _ = train_and_heldout_prompts(config)
@@ -289,7 +294,7 @@ class Trainer:
 
     def __init__(self, config: Config, models: tuple[str, str] | None = None):
         self.config, self.rule = config, RULES[config.rule]
-        self.device = pick_device(config.device)
+        self.device = pick_device(config.device, config.threads)
         initial = policy_source(config)
         policy, reward = models or (initial, anchor_stage(config))
         self.policy, self.tokenizer = load_policy(policy, self.device)

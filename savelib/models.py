@@ -7,6 +7,7 @@ The models stay in eval mode: no dropout, so that the reward that filtered is th
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +21,20 @@ from transformers.utils import logging as transformers_logging
 from savelib.config import Config, ConfigError
 from savelib.paths import resolve
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed, which accelerate imports, warns that it guessed so
 transformers_logging.disable_progress_bar()  # each refresh of a bar would be a line in a log or a notebook
 transformers_logging.set_verbosity_error()  # a new reward head is no surprise: load_reward_model makes it
 
 Messages = list[dict[str, str]]
 VALUE_HEAD_FILE = "value_head.safetensors"
-TEMPLATE_DATE = (
-    "26 Jul 2024"  # Llama 3 templates write today's date into the prompt; a score must not change with the day
-)
+TEMPLATE_DATE = "26 Jul 2024"  # Llama 3 templates write today's date: a score must not change with the day
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+def pick_device(name: str, threads: int = 0) -> torch.device:
+    """The device of that name, `auto` being CUDA where there is one; from now on `threads` CPU threads (0: torch's)."""
+    if threads:
+        torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

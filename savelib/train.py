@@ -66,7 +66,7 @@ def _peak_memory(device: torch.device) -> float:
 def _check_same(config: Config, folder: Path) -> None:
     """ConfigError if the run to go on with was made by another configuration."""
     made, wanted = read_config(folder).model_dump(), config.model_dump()
-    changed = [k for k in wanted if made[k] != wanted[k] and k not in ("resume", "device")]
+    changed = [k for k in wanted if made[k] != wanted[k] and k not in ("resume", "device", "threads")]
     if changed:
         raise ConfigError(
             f"run_id = {config.run_id!r} was made with other values of {', '.join(changed)}; give the same"

@@ -145,7 +145,7 @@ def test_reward_model_update_equals_a_plain_transcription(world, rule):
                 else torch.tensor(0.0)
             )
         if rule == "hl_bt":
-            usable = sorted((r for r, e in zip(R, ok, strict=True) if e), key=float)
+            usable = sorted((r for r, e in zip(R, ok, strict=True) if e), key=lambda r: r.item())
             if len(usable) >= 2:
                 losses.append(-torch.log(torch.sigmoid(usable[-1] - usable[0])))
             continue
