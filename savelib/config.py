@@ -193,7 +193,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         eval_preferences="data/smol_heldout_preferences.jsonl", eval_prompts_source="data/smol_heldout_prompts.jsonl",
         bt_epochs=3, bt_batch_size=8, bt_backbone_lr=1e-5, bt_head_lr=1e-3,
         anchor_prompts=16, anchor_responses=8, anchor_lr=1e-3, anchor_epochs=10, anchor_batch_size=8,
-        total_steps=16, batch_size=4, group_size=6, backbone_lr=1e-6, reward_head_lr=1e-4, value_head_lr=1e-3,
+        total_steps=16, batch_size=4, group_size=6, backbone_lr=1e-6, reward_head_lr=1e-4, value_head_lr=1e-4,
         policy_lr=1e-5, max_new_tokens=32, checkpoint_every=5, eval_every=0, eval_prompts=24, rollout_rows=32,
     ),
     "paper": {},
