@@ -97,7 +97,7 @@ def sample_group(samples: pd.DataFrame, step: int) -> pd.DataFrame:
 
 def newest_run(but_not: str = "") -> str | None:
     """Id of the run that finished last (status `done`), or None; ids that start with `but_not` do not count."""
-    ids = [f.parent.name for f in runs_dir().glob("*/manifest.json")]
+    ids = [f.parent.name for f in runs_dir().glob("*/config.yaml")]
     finished = {run: read_manifest(run) for run in ids if not (but_not and run.startswith(but_not))}
     done = {run: manifest["finished"] for run, manifest in finished.items() if manifest["status"] == "done"}
     return max(done, key=done.get) if done else None
@@ -164,7 +164,7 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
         if bad.any():
             steps = metrics.loc[bad, "step"]
             said.append(
-                f"D > A while most responses are right, in {bad.sum()} steps from {steps.min()} to {steps.max()}: "
+                f"D > A while most responses are right, in {bad.sum()} step(s) from {steps.min()} to {steps.max()}: "
                 "the net push is down, on mostly good responses"
             )
     if _has(metrics, "gold/pseudo_label_accuracy"):

@@ -7,7 +7,7 @@ import torch
 from savelib.config import Config
 from savelib.data import Preference
 from savelib.loop import Trainer, encode_groups, score_groups, seed_everything
-from savelib.models import RewardModel, autocast
+from savelib.models import Encoded, RewardModel, autocast
 from savelib.rollout import sample
 
 RESPONSES = 4  # per held-out prompt
@@ -22,7 +22,7 @@ def pair_margins(rm: RewardModel, pairs: list[Preference], config: Config) -> to
     rewards = torch.empty(len(encoded))
     for i in range(0, len(order), size):
         rows = order[i : i + size]
-        part = type(encoded)([encoded.ids[r] for r in rows], [encoded.prompt_ends[r] for r in rows])
+        part = Encoded([encoded.ids[r] for r in rows], [encoded.prompt_ends[r] for r in rows])
         with autocast(rm.device, config.precision):
             rewards[rows] = rm.score(part).rewards.cpu()
     return rewards.view(-1, 2)[:, 0] - rewards.view(-1, 2)[:, 1]
@@ -35,12 +35,8 @@ def ranking_accuracy(rewards: torch.Tensor, gold: torch.Tensor) -> float:
     """
     right, wrong = gold > 0.5, gold <= 0.5
     both = right[:, :, None] & wrong[:, None, :]  # [B, G, G]
-    difference = rewards[:, :, None] - rewards[:, None, :]
-    return (
-        (((difference > 0) + 0.5 * (difference == 0)) * both).sum().item() / max(int(both.sum()), 1)
-        if both.any()
-        else float("nan")
-    )
+    difference = (rewards[:, :, None] - rewards[:, None, :])[both]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean().item()
 
 
 def evaluate(t: Trainer) -> dict[str, float]:

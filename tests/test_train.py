@@ -57,9 +57,9 @@ def cli(*words):
 
 
 def lines(run):
-    """metrics.jsonl without what a clock says."""
+    """metrics.jsonl without what the clock and the process say."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in rows]
+    return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith(("time/", "memory/"))} for r in rows]
 
 
 def test_a_run_is_a_folder_of_files(base):
