@@ -161,7 +161,7 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
             said.append(f"drift: the mean reward went from {first:.2f} to {last:.2f}; it measures nothing across steps")
     if _has(metrics, "force/push") and _has(metrics, "gold/success_rate"):
         bad = (metrics["force/push"] > metrics["force/pull"]) & (metrics["gold/success_rate"] > 0.5)
-        if bad.any():
+        if bad.mean() > 0.1:  # a batch or two above one half are chance
             steps = metrics.loc[bad, "step"]
             said.append(
                 f"D > A while most responses are right, in {bad.sum()} step(s) from {steps.min()} to {steps.max()}: "
