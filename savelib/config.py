@@ -57,7 +57,9 @@ class Config(BaseModel):
         "Skywork/Skywork-Reward-V2-Llama-3.2-3B", "section 4.1", "hub id or folder with one label; embedded; smollm2"
     )
     preferences: str = _field(
-        "HuggingFaceH4/ultrafeedback_binarized", "section 4.1", "pairs: hub id, .jsonl[.gz], .parquet, or embedded"
+        "HuggingFaceH4/ultrafeedback_binarized",
+        "section 4.1",
+        "pairs: hub id, .jsonl[.gz], .parquet, or embedded; empty: none, and no accuracy on held-out pairs",
     )
     prompts: str = _field(
         "openbmb/UltraFeedback", "section 4.1", "RL prompts: hub id, .jsonl[.gz], .parquet, or embedded"
@@ -160,6 +162,10 @@ class Config(BaseModel):
     def _consistent(self) -> Config:
         if self.resume == "auto" and not self.run_id:
             raise ValueError("resume=auto needs run_id, the run to go on with")
+        if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs):
+            raise ValueError(
+                f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"
+            )
         if self.policy_groups == "both_signs" and not RULES[self.rule].anchor:
             raise ValueError(f"policy_groups=both_signs needs a rule with an anchor, and rule {self.rule!r} has none")
         return self

@@ -97,14 +97,14 @@ def split_heldout(rows: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def train_and_heldout_preferences(config: Config) -> tuple[list[Preference], list[Preference]]:
-    """Training pairs and held-out pairs (with gold labels in the embedded world)."""
-    pairs = load_preferences(config.preferences, config)
+    """Training pairs and held-out pairs (with gold labels in the embedded world); none where preferences is empty."""
+    pairs = load_preferences(config.preferences, config) if config.preferences else []
     if config.eval_preferences:
         return pairs, load_preferences(config.eval_preferences, config)
     if config.preferences == "embedded":
         heldout = world.heldout_pairs(world_seed=config.world_seed, start_share=config.start_share)
         return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in heldout]
-    return split_heldout(pairs)
+    return split_heldout(pairs) if pairs else ([], [])
 
 
 def train_and_heldout_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:

@@ -46,7 +46,10 @@ def evaluate(t: Trainer) -> dict[str, float]:
     to one prompt (gold needed); gold: of those responses; value_correlation: V against the group's mean reward.
     """
     c = t.config
-    out = {"eval/rm_accuracy": (pair_margins(t.reward_model, t.heldout_pairs, c) > 0).float().mean().item()}
+    out = {}
+    if t.heldout_pairs:
+        margins = pair_margins(t.reward_model, t.heldout_pairs, c)
+        out["eval/rm_accuracy"] = (margins > 0).float().mean().item()
     seed_everything("evaluation", c.seed)
     prompts = t.heldout_prompts[:: max(1, len(t.heldout_prompts) // c.eval_prompts)][: c.eval_prompts]
     rewards, hidden, gold = [], [], []

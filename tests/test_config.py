@@ -56,6 +56,8 @@ def test_profiles_are_valid_and_survive_yaml(profile, tmp_path):
     (dict(run_id="../x"), "plain folder name"),
     (dict(resume="auto"), "resume=auto needs run_id"),
     (dict(policy_groups="both_signs", rule="hl_bt"), "both_signs needs a rule with an anchor"),
+    (dict(preferences=""), r"preferences is empty, but stage 1 \(bt_epochs = 10\)"),
+    (dict(preferences="", bt_epochs=0, rule="offline_bt"), "rule 'offline_bt' needs pairs"),
     (dict(temperature=0), "temperature = 0"),
 ])  # fmt: skip
 def test_bad_values_are_named(values, said):

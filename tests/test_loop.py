@@ -1,42 +1,22 @@
 """The step of algorithms 1 and 2 on models of the paper's architectures: what runs, what moves, and by how much."""
 
 import copy
-import json
 
 import pytest
 import torch
-from tiny_models import make_policy, make_reward_model
+from tiny_models import paper_run
 
 from savelib import feedback as F
-from savelib.config import make_config
+from savelib.config import ConfigError, make_config
 from savelib.loop import NonFiniteError, Trainer, anchor_stage, encode_groups, save_step, seed_everything
 from savelib.policy_loss import ALGORITHMS
 from savelib.rollout import completion_logprobs, sample
 from savelib.rules import RULES
 
-PAIRS = [
-    ("Name a colour.", "Red is a colour.", "No."),
-    ("Say hi.", "Hi there!", "x"),
-    ("Count.", "One two", "zz"),
-    ("Why?", "Because", "q"),
-]
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Config values of a run on local models and local files, through the same code as the paper's hub ids."""
-    folder = tmp_path_factory.mktemp("world")
-    prompts, pairs = folder / "prompts.jsonl", folder / "pairs.jsonl"
-    prompts.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Prompt number {i}."}) + "\n" for i in range(20)))
-    pairs.write_text(
-        "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), p, strict=True))) + "\n" for p in PAIRS)
-    )
-    return dict(
-        profile="paper", policy_model=str(make_policy(folder / "policy")),
-        reward_model=str(make_reward_model(folder / "rm")),
-        prompts=str(prompts), preferences=str(pairs), anchor_prompts=8, anchor_responses=4, total_steps=4, batch_size=4,
-        group_size=4, max_new_tokens=6, eval_prompts=2, device="cpu", curriculum="none",
-    )  # fmt: skip
+    return paper_run(tmp_path_factory.mktemp("world")) | dict(anchor_prompts=8, total_steps=4, batch_size=4)
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +236,16 @@ def test_a_reward_that_is_no_number_stops_before_anything_moves(world):
     with pytest.raises(NonFiniteError, match=r"step 3: .*prompts: p\d+"):
         save_step(t, 3)
     assert not moved(t.policy, policy) and not moved(t.reward_model.value_head, head)
+
+
+def test_prompts_that_do_not_fit_are_named(world):
+    for values, said in [
+        (dict(max_prompt_tokens=20), "prompt 'p0' has .* tokens, more than max_prompt_tokens = 20"),
+        (dict(max_new_tokens=500), "with max_new_tokens = 500 that exceeds the policy's context of 512"),
+    ]:
+        t = trainer(world, rule="frozen")
+        with pytest.raises(ConfigError, match=said):
+            sample(t.policy, t.tokenizer, t.prompts[:1], 2, make_config(**(world | values)))
 
 
 def test_data_order_is_epochs_of_permutations(world):

@@ -9,39 +9,22 @@ import time
 
 import pytest
 import torch
-from tiny_models import make_policy, make_reward_model
+from tiny_models import paper_run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from savelib.checkpoint import latest_checkpoint
-from savelib.cli import app
+from savelib.cli import app, summary
 from savelib.config import ConfigError, make_config
 from savelib.launch import RunFailed, launch
 from savelib.runlog import read_config, read_manifest, read_metrics, read_samples
 from savelib.train import train
 
-PAIRS = [
-    ("Name a colour.", "Red is one.", "No."),
-    ("Say hi.", "Hi there!", "x"),
-    ("Count.", "One two", "zz"),
-    ("Why?", "Because", "q"),
-]
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"id": f"p{i}", "prompt": f"Prompt {i}."}) + "\n" for i in range(20))
-    )
-    rows = [dict(zip(("prompt", "chosen", "rejected"), p, strict=True)) for p in PAIRS]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return dict(
-        profile="paper", policy_model=str(make_policy(folder / "policy", "qwen3")),
-        reward_model=str(make_reward_model(folder / "rm")), prompts=str(folder / "prompts.jsonl"),
-        preferences=str(folder / "pairs.jsonl"), anchor_prompts=4, anchor_responses=4, total_steps=6, batch_size=2,
-        group_size=4,
-        max_new_tokens=6, eval_prompts=2, device="cpu", curriculum="none", checkpoint_every=2, eval_every=3,
+    return paper_run(tmp_path_factory.mktemp("base"), "qwen3") | dict(
+        anchor_prompts=4, total_steps=6, batch_size=2, checkpoint_every=2, eval_every=3,
         policy_lr=1e-3, backbone_lr=1e-4, reward_head_lr=1e-3,
     )  # fmt: skip
 
@@ -84,6 +67,13 @@ def test_a_run_is_a_folder_of_files(base):
     with pytest.raises(ConfigError, match="already holds a run; choose another run_id"):
         train(make_config(**base, run_id="whole"))
     assert read_metrics(folder).equals(metrics)
+
+
+def test_an_own_reward_model_needs_no_pairs(base):
+    folder = train(make_config(**base | dict(preferences="", total_steps=1), run_id="no-pairs"))
+    metrics = read_metrics(folder)
+    assert "eval/rm_accuracy" not in metrics and metrics["eval/reward"].notna().all()
+    assert "done" in summary(folder)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(base):

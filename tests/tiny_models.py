@@ -1,5 +1,6 @@
 """Locally made tiny models of the paper's architectures, with byte-level tokenizers and their kind of chat template."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -83,6 +84,27 @@ def make_reward_model(folder: Path, num_labels: int = 1, kind: str = "llama") ->
     else:
         config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **common)
     return _save(AutoModelForSequenceClassification.from_config(config), tokenizer, folder)
+
+
+PAIRS = (
+    ("Name a colour.", "Red is a colour.", "No."),
+    ("Say hi.", "Hi there!", "x"),
+    ("Count.", "One two", "zz"),
+    ("Why?", "Because", "q"),
+)
+
+
+def paper_run(folder: Path, architecture: str = "qwen2") -> dict:
+    """Config values of a small `paper` run on local models and files, through the same code as the paper's hub ids."""
+    prompts, pairs = folder / "prompts.jsonl", folder / "pairs.jsonl"
+    prompts.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Prompt number {i}."}) + "\n" for i in range(20)))
+    rows = [dict(zip(("prompt", "chosen", "rejected"), p, strict=True)) for p in PAIRS]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return dict(
+        profile="paper", policy_model=str(make_policy(folder / "policy", architecture)),
+        reward_model=str(make_reward_model(folder / "rm")), prompts=str(prompts), preferences=str(pairs),
+        anchor_responses=4, group_size=4, max_new_tokens=6, eval_prompts=2, device="cpu", curriculum="none",
+    )  # fmt: skip
 
 
 def _save(model, tokenizer, folder: Path) -> Path:
