@@ -7,6 +7,7 @@ The models stay in eval mode: no dropout, so that the reward that filtered is th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +216,8 @@ class RewardModel(nn.Module):
         save_file(
             {k: v.contiguous().cpu() for k, v in self.value_head.state_dict().items()},
             folder / VALUE_HEAD_FILE,
-            metadata={"value_head": self.value_kind, "value_position": self.value_position},
+            # one entry: safetensors writes several in random order, and equal heads should be equal files
+            metadata={"made_with": json.dumps({"value_head": self.value_kind, "value_position": self.value_position})},
         )
 
 
@@ -256,7 +258,7 @@ def load_reward_model(source: str, config: Config, device: torch.device) -> Rewa
     head_file = Path(path) / VALUE_HEAD_FILE
     if head_file.is_file():
         with safe_open(head_file, "pt") as f:
-            made = f.metadata()
+            made = json.loads(f.metadata()["made_with"])
         wanted = {"value_head": config.value_head, "value_position": config.value_position}
         if made != wanted:
             raise ConfigError(f"{head_file}: its value head was made with {made}, this run asks for {wanted}")
