@@ -295,13 +295,14 @@ class Trainer:
     def __init__(self, config: Config, models: tuple[str, str] | None = None):
         self.config, self.rule = config, RULES[config.rule]
         self.device = pick_device(config.device, config.threads)
+        # data first: a bad row should not cost the time of stages 1 and 2
+        self.prompts, self.heldout_prompts = train_and_heldout_prompts(config)
+        self.pairs, self.heldout_pairs = train_and_heldout_preferences(config)
         initial = policy_source(config)
         policy, reward = models or (initial, anchor_stage(config))
         self.policy, self.tokenizer = load_policy(policy, self.device)
         self.reference = load_policy(initial, self.device)[0].requires_grad_(False)
         self.reward_model = load_reward_model(reward, config, self.device)
-        self.prompts, self.heldout_prompts = train_and_heldout_prompts(config)
-        self.pairs, self.heldout_pairs = train_and_heldout_preferences(config)
         self.reward_optimizer = reward_optimizer(self.reward_model, config.backbone_lr, config.reward_head_lr)
         self.value_optimizer = torch.optim.AdamW(
             self.reward_model.value_head.parameters(), lr=config.value_head_lr, weight_decay=0.0
