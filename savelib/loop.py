@@ -184,6 +184,7 @@ def anchor_stage(config: Config) -> str:
     target = _stage_folder("stage2", config, STAGE2)
     if not target.is_dir():
         device = pick_device(config.device, config.threads)
+        seed_everything("value head init", config.seed)
         rm = load_reward_model(source, config, device)
         policy, tokenizer = load_policy(policy_source(config), device)
         prompts, _ = train_and_heldout_prompts(config)

@@ -1,6 +1,7 @@
 """The step of algorithms 1 and 2 on models of the paper's architectures: what runs, what moves, and by how much."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_models import paper_run
 from savelib import feedback as F
 from savelib.config import ConfigError, make_config
 from savelib.loop import NonFiniteError, Trainer, anchor_stage, encode_groups, save_step, seed_everything
+from savelib.models import VALUE_HEAD_FILE, load_reward_model
 from savelib.policy_loss import ALGORITHMS
 from savelib.rollout import completion_logprobs, sample
 from savelib.rules import RULES
@@ -256,8 +258,16 @@ def test_data_order_is_epochs_of_permutations(world):
 
 
 def test_value_head_starts_at_the_mean_and_learns(world):
-    from savelib.models import load_reward_model
-
     rm = load_reward_model(anchor_stage(make_config(**world)), make_config(**world), torch.device("cpu"))
     assert rm.value_head[-1].bias.item() != 0
     assert rm.value_head[-1].weight.abs().max() > 0
+
+
+def test_a_random_value_head_is_the_seeds(world, tmp_path, monkeypatch):
+    heads = []
+    for cache in ("a", "b"):
+        monkeypatch.setenv("SAVE_CACHE", str(tmp_path / cache))
+        torch.manual_seed(len(heads))  # whatever the process drew before
+        folder = anchor_stage(make_config(**world | dict(value_head="mlp", value_init="random")))
+        heads.append((Path(folder) / VALUE_HEAD_FILE).read_bytes())
+    assert heads[0] == heads[1]
