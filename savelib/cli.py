@@ -105,7 +105,8 @@ def notebook(
     try:
         papermill.execute_notebook(path, out, values, progress_bar=False, log_output=True, stdout_file=sys.stdout)
     except papermill.PapermillExecutionError as error:
-        fail(f"{error.ename}: {error.evalue} (the executed notebook is {out})")
+        print(f"{error.ename}: {error.evalue}", file=sys.stderr)
+        fail(f"the notebook stopped; it is {out}")
     finally:
         if out.exists():
             html, _ = HTMLExporter().from_notebook_node(nbformat.read(out, 4))

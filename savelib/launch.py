@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from savelib import __version__
 from savelib.config import Config
-from savelib.paths import runs_dir
+from savelib.paths import code_digest, runs_dir
 from savelib.runlog import new_run_id, read_jsonl, read_manifest
 
 
@@ -60,7 +59,7 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
 
 def run_once(config: Config, prefix: str) -> Path:
     """The folder of a finished run of this very config, under a name made of it; launched only if there is none yet."""
-    key = __version__ + config.model_dump_json(exclude={"run_id", "resume"})
+    key = code_digest() + config.model_dump_json(exclude={"run_id", "resume"})
     digest = hashlib.sha256(key.encode()).hexdigest()[:6]
     run_id = f"{prefix}-{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{digest}"
     folder = runs_dir() / run_id

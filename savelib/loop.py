@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from savelib import __version__, world
+from savelib import world
 from savelib.config import Config, ConfigError
 from savelib.data import Preference, Prompt, train_and_heldout_preferences, train_and_heldout_prompts
 from savelib.feedback import (
@@ -32,7 +32,7 @@ from savelib.feedback import (
     value_loss,
 )
 from savelib.models import Encoded, RewardModel, autocast, load_policy, load_reward_model, pick_device
-from savelib.paths import atomic_folder, cache_dir, resolve
+from savelib.paths import atomic_folder, cache_dir, code_digest, resolve
 from savelib.policy_loss import (
     KL_IN_LOSS,
     kl_penalized_rewards,
@@ -84,7 +84,7 @@ STAGE2 = STAGE1 + (
 
 def _stage_folder(stage: str, config: Config, fields: tuple[str, ...]) -> Path:
     """Cache folder of a stage: its name hashes all that the result depends on, local models and data included."""
-    key = config.only(*fields) | {"version": __version__}
+    key = config.only(*fields) | {"code": code_digest()}
     models = {"policy_model": policy_source, "reward_model": reward_source}
     for field, source in models.items():
         if field in fields:

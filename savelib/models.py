@@ -258,10 +258,12 @@ def load_reward_model(source: str, config: Config, device: torch.device) -> Rewa
     head_file = Path(path) / VALUE_HEAD_FILE
     if head_file.is_file():
         with safe_open(head_file, "pt") as f:
-            made = json.loads(f.metadata()["made_with"])
+            made = json.loads((f.metadata() or {}).get("made_with", "{}"))
         wanted = {"value_head": config.value_head, "value_position": config.value_position}
         if made != wanted:
-            raise ConfigError(f"{head_file}: its value head was made with {made}, this run asks for {wanted}")
+            raise ConfigError(
+                f"{head_file}: its value head was made with {made or 'other code'}, this run asks for {wanted}"
+            )
         rm.value_head.load_state_dict(load_file(head_file))
     return rm
 

@@ -1,10 +1,12 @@
 """Where savelib keeps what it builds, and how a folder comes to be whole or not at all."""
 
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 
@@ -32,6 +34,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def code_digest() -> str:
+    """Hash of savelib's own source: what other code has made is not taken from a cache."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def project_root() -> Path:
