@@ -87,17 +87,15 @@ def notebook(
     from nbconvert import HTMLExporter
 
     from savelib.paths import runs_dir
-    from savelib.runlog import new_run_id
+    from savelib.runlog import new_run_id, refuse_existing
 
     try:
         values = _values(parameters)
         config = make_config(**values)
         values["run_id"] = new_run_id(config)
         folder = runs_dir() / values["run_id"]
-        if (folder / "config.yaml").exists() and config.resume == "never":
-            raise ConfigError(
-                f"run_id = {config.run_id!r}: {folder} already holds a run; choose another run_id, or resume=auto"
-            )
+        if config.resume == "never":
+            refuse_existing(values["run_id"])
     except ConfigError as error:
         fail(error)
     folder.mkdir(parents=True, exist_ok=True)

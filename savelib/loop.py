@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,12 @@ class Feedback:
         return self.partition.kept  # [B, G]
 
 
+@lru_cache(maxsize=4)
+def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of `count` rows in an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+
+
 class Trainer:
     """The models, optimizers and data of a run. Stages 1 and 2 are done (or found in the cache) when it is made.
 
@@ -317,16 +324,12 @@ class Trainer:
 
     def batch(self, rows: list, step: int, size: int) -> list:
         """The step's rows (steps from 1), from epochs of seeded permutations: the step's number tells its data."""
-        start = (step - 1) * size
         if not rows:
             raise ConfigError("no training data")
         picked = []
-        for i in range(start, start + size):
+        for i in range((step - 1) * size, step * size):
             epoch, at = divmod(i, len(rows))
-            order = torch.randperm(
-                len(rows), generator=torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
-            )
-            picked.append(rows[int(order[at])])
+            picked.append(rows[_epoch_order(len(rows), self.config.seed, epoch)[at]])
         return picked
 
     def threshold(self, step: int) -> float:

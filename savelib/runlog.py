@@ -26,6 +26,15 @@ def new_run_id(config: Config) -> str:
     return config.run_id or made
 
 
+def refuse_existing(run_id: str) -> None:
+    """Raise ConfigError when the folder of run_id already holds a run."""
+    folder = runs_dir() / run_id
+    if (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"run_id = {run_id!r}: {folder} already holds a run; choose another run_id, or go on with it by resume=auto"
+        ) from None
+
+
 class RunLog:
     """Writes a run's files. `with RunLog.create(config) as log:` writes the manifest at the end, whatever happened."""
 
@@ -41,10 +50,7 @@ class RunLog:
             with open(folder / "config.yaml", "x") as file:
                 file.write(config.to_yaml())
         except FileExistsError:
-            raise ConfigError(
-                f"run_id = {config.run_id!r}: {folder} already holds a run; choose another run_id, "
-                "or go on with it by resume=auto"
-            ) from None
+            refuse_existing(config.run_id)
         return cls(folder)
 
     @classmethod

@@ -13,7 +13,7 @@ from savelib.config import Config, ConfigError
 from savelib.evaluation import evaluate
 from savelib.loop import Trainer, save_step
 from savelib.paths import runs_dir
-from savelib.runlog import RunLog, new_run_id, read_config, read_manifest
+from savelib.runlog import RunLog, new_run_id, read_config, read_manifest, refuse_existing
 
 
 def train(config: Config) -> Path:
@@ -31,8 +31,8 @@ def train(config: Config) -> Path:
             print(f"{folder} is already done", flush=True)
             return folder
         found = latest_checkpoint(folder) or found
-    elif (folder / "config.yaml").exists():
-        RunLog.create(config)  # refuses, before any work is done
+    else:
+        refuse_existing(config.run_id)  # before any work is done
     done, checkpoint = found
     t = Trainer(config, (str(checkpoint / "policy"), str(checkpoint / "reward_model")) if checkpoint else None)
     with RunLog.resume(config, done) if resuming else RunLog.create(config) as log:
