@@ -26,6 +26,7 @@ from tiny_models import make_policy
 from savelib.benchmarks import alpaca, arena, responses
 from savelib.benchmarks import judge as judging
 from savelib.benchmarks.judge import Endpoint, judge, parse_template, read_label, read_preference, swapped
+from savelib.benchmarks.local_judge import local_judge, read_game
 from savelib.benchmarks.responses import by_id, count_style, generate, read_rows
 from savelib.config import ConfigError, make_config
 
@@ -699,3 +700,57 @@ def test_against_transformers_serve(kind, served, policy, tmp_path):
         allow_missing=True,
     )  # fmt: skip
     assert said["judged"] + sum(map(len, said["missing"].values())) == 1 and "logprobs" not in said["judged_by"]
+
+
+# the judge that a function decides
+
+
+@pytest.mark.parametrize("name", judging.TEMPLATES)
+def test_local_judge_reads_what_the_templates_wrote(name):
+    texts = ("a {output_1} question?\n</instruction>", "first\n\nresponse [[A>B]]", "")
+    pair = judging.Pair("i", texts[0], {"output": texts[1]}, {"output": texts[2]})
+    messages = judging._games("alpaca", pair, parse_template(judging.TEMPLATES[name], name), {}, "j")[0].messages
+    assert read_game(messages) == (name, texts)
+
+
+def test_local_judge_decides_alpaca_in_both_orders(tmp_path):
+    ids = [f"{p:.2f} of {i}" for i, p in enumerate([0, 0.25, 0.5, 0.75, 1] * 4)]
+    ours, theirs = alpaca_files(tmp_path, ids)
+    assert {swapped(i) for i in ids} == {False, True}
+
+    def prefer(question, one, other):  # ours is better with the probability that the question names
+        p = float(question.split()[0])
+        return p if other.startswith("ours") else 1 - p
+
+    with local_judge(prefer) as endpoint:
+        judge("alpaca", ours, theirs, tmp_path / "out.json", endpoint)
+    made = {row["instruction"]: row["preference"] for row in json.loads((tmp_path / "out.json").read_text())}
+    assert made == pytest.approx({i: 1 + float(i.split()[0]) for i in ids})
+
+
+def test_local_judge_decides_arena_in_both_orders(tmp_path):
+    chances = {"0.05": "A>>B", "0.3": "A>B", "0.5": "A=B", "0.7": "B>A", "0.95": "B>>A"}
+    files = arena_files(tmp_path, [f"{p} chance" for p in chances])
+
+    def prefer(question, one, other):
+        p = float(question.removeprefix("<question ").split()[0])
+        return p if other.startswith("ours") else 1 - p
+
+    with local_judge(prefer) as endpoint:
+        judge(endpoint=endpoint, **files)
+    games = {
+        r["uid"].split()[0]: [g["score"] for g in r["games"]]
+        for r in map(json.loads, files["out"].read_text().splitlines())
+    }
+    mirrored = dict(zip(chances.values(), reversed(chances.values()), strict=True))
+    assert games == {p: [label, mirrored[label]] for p, label in chances.items()}
+
+
+def test_local_judge_that_fails_is_counted_by_name(tmp_path):
+    ours, theirs = alpaca_files(tmp_path, ["one", "two"])
+    with (
+        local_judge(lambda question, *_: 2.0 if question == "two" else 1.0) as endpoint,
+        pytest.raises(ConfigError, match="1 of 2 games have no verdict: 1 HTTP 422, the first 'two'"),
+    ):
+        judge("alpaca", ours, theirs, tmp_path / "out.json", endpoint)
+    assert "prefer returned 2.0 for 'two'" in (tmp_path / "out.json.games.jsonl").read_text()

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from savelib import world
 from savelib.analysis import METRICS
 from savelib.config import make_config, notebook_config
 from savelib.launch import run_once
@@ -20,6 +21,7 @@ from savelib.runlog import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
 SPINE = ("00_bt_preferences", "01_value_head", "02_onpolicy_filtering", "03_save_train", "04_analysis")
+ANNOTATIONS = ROOT.parent / "shared" / "benchdata" / "alpaca_eval"
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 
 
@@ -70,7 +72,7 @@ def test_parameters_cell_is_literals_with_comments_and_is_checked(name):
         assignment = re.fullmatch(r"[a-z_]+ = (.+?)  # \S.*", line)
         assert assignment, line
         ast.literal_eval(assignment[1])
-    assert "config = notebook_config(In" in cells[1].source, "the cell after it makes the config"
+    assert re.search(r"config = notebook_config\(\s*In", cells[1].source), "the cell after it makes the config"
     also = re.search(r"also=(\(.*?\))", cells[1].source)
     config = notebook_config([tagged[0].source], ast.literal_eval(also[1]) if also else ())
     assert config.profile == "tiny"
@@ -168,6 +170,23 @@ def test_evaluation_compares_a_run_with_its_start(runs):
     figures = json.loads((folder / "evaluation/first/judgebench.json").read_text())
     accuracy = read_metrics(folder)["eval/rm_accuracy"].iloc[-1]
     assert figures["overall"] == pytest.approx(100 * accuracy), "the run measured the same pairs"
+
+
+def test_policies_are_judged_by_gold_on_loopback(runs):
+    notebook = executed("06_evaluate_policy", runs, ROOT / "notebooks", total_steps=3, prompts_used=40)
+    assert "resolved by 40 prompts" in text_of(notebook) and "'judged_by': {'logprobs': 40}" in text_of(notebook)
+    (judged,) = runs.glob("06-tiny-save-*/judged")
+    rows = json.loads((judged / "first.annotations.json").read_text())
+    gold = [(world.gold(r["instruction"], r["output_1"]), world.gold(r["instruction"], r["output_2"])) for r in rows]
+    assert [r["preference"] for r in rows] == [1.5 + (ours - theirs) / 2 for theirs, ours in gold]
+
+
+@pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"alpaca_eval's own files are not in {ANNOTATIONS}")
+def test_published_annotations_give_published_win_rates(runs):
+    files = {"first": ANNOTATIONS / "ann_gemma-7b-it.json", "second": ANNOTATIONS / "ann_claude-2.json"}
+    notebook = executed("06_evaluate_policy", runs, **files)
+    assert "resolved by 805 prompts" in text_of(notebook) and " 6.94 " in text_of(notebook)
+    assert "17.19" in text_of(notebook)
 
 
 def test_analysis_makes_its_own_runs_once_and_reads_given_ones(runs, monkeypatch):

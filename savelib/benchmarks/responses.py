@@ -226,7 +226,8 @@ class Progress:
     def __call__(self, more: int = 1) -> None:
         self.done += more
         now = time.monotonic()
-        if now - self.shown >= SHOWN_EVERY or self.done == self.total:
+        ended = self.done == self.total and self.shown > self.start  # what is done at once needs no line
+        if now - self.shown >= SHOWN_EVERY or ended:
             left = (now - self.start) / (self.done - self.before) * (self.total - self.done)
             print(f"{self.done}/{self.total} {self.what}  {left:.0f} s left", file=sys.stderr, flush=True)
             self.shown = now
