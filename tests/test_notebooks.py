@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from safetensors.torch import load_file, save_file
+from tiny_models import make_reward_model
 
 from savelib import world
 from savelib.analysis import METRICS
@@ -21,7 +24,8 @@ from savelib.runlog import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
 SPINE = ("00_bt_preferences", "01_value_head", "02_onpolicy_filtering", "03_save_train", "04_analysis")
-ANNOTATIONS = ROOT.parent / "shared" / "benchdata" / "alpaca_eval"
+BENCHDATA = ROOT.parent / "shared" / "benchdata"
+ANNOTATIONS = BENCHDATA / "alpaca_eval"
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 
 
@@ -170,6 +174,28 @@ def test_evaluation_compares_a_run_with_its_start(runs):
     figures = json.loads((folder / "evaluation/first/judgebench.json").read_text())
     accuracy = read_metrics(folder)["eval/rm_accuracy"].iloc[-1]
     assert figures["overall"] == pytest.approx(100 * accuracy), "the run measured the same pairs"
+
+
+@pytest.mark.skipif(not BENCHDATA.is_dir(), reason=f"the benchmarks' own files are not in {BENCHDATA}")
+def test_evaluation_compares_on_several_benchmarks(runs, tmp_path):
+    first, second = make_reward_model(tmp_path / "first"), tmp_path / "second"
+    shutil.copytree(first, second)
+    weights = load_file(second / "model.safetensors")
+    save_file(weights | {"score.weight": -weights["score.weight"]}, second / "model.safetensors", {"format": "pt"})
+    notebook = executed(
+        "05_evaluate_rm", runs, first=first, second=second, benchmarks="judgebench,rmbench", data_dir=BENCHDATA,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    overall = [
+        [
+            json.loads((tmp_path / "out" / model / f"{name}.json").read_text())["overall"]
+            for model in ("first", "second")
+        ]
+        for name in ("judgebench", "rmbench")
+    ]
+    assert all(sum(both) == pytest.approx(100, abs=0.5) and both[0] != both[1] for both in overall), "ties apart"
+    mean = sum(a - b for a, b in overall) / 2
+    assert f"average: {mean:+.1f} points" in text_of(notebook)
 
 
 def test_policies_are_judged_by_gold_on_loopback(runs):

@@ -339,13 +339,13 @@ class _Scorer:
         return digest.hexdigest()[:32]
 
     def _parts(self, rows: list[Row], tokens: dict[str, list[np.ndarray]]) -> Iterator[list[Row]]:
-        """Rows in parts of some batches each, the longest first: what is too long for the memory fails at once."""
+        """Rows in parts of about a batch, the longest first: what is too long for the memory fails at once."""
         part: list[Row] = []
         size = 0
         for row in sorted(rows, key=lambda row: -max(map(len, tokens[row.id]))):
             part.append(row)
             size += sum(map(len, tokens[row.id]))
-            if size >= 4 * self.batch_tokens:
+            if size >= self.batch_tokens:
                 yield part
                 part, size = [], 0
         if part:
