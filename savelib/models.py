@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from savelib.config import Config, ConfigError
 from savelib.hub import explain
 from savelib.paths import resolve
+from savelib.prefix import forward_prefixes, forward_suffixes, shares_prefixes
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed, which accelerate imports, warns that it guessed so
@@ -202,6 +203,12 @@ def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
             layer.gradient_checkpointing = layer.training = False
 
 
+def is_recomputing(model: nn.Module) -> bool:
+    return any(
+        m.gradient_checkpointing and m.training for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    )
+
+
 @dataclass(frozen=True)
 class Scored:
     """What one forward of the reward model gives for N conversations."""
@@ -301,14 +308,34 @@ class RewardModel(nn.Module):
     # ids -> R, hidden state for V
 
     def score(self, batch: Encoded) -> Scored:
-        """One forward over N conversations, right-padded (two for a bidirectional backbone)."""
-        lengths = torch.tensor([len(row) for row in batch.ids], device=self.device)  # [N]
-        ends = torch.tensor(batch.prompt_ends, device=self.device)  # [N]
-        width = int(lengths.max())
-        pad = self.model.config.get_text_config().pad_token_id or 0
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch.ids], device=self.device)  # [N, S]
-        rewards, hidden = self.scorer(ids, lengths, ends)
+        """The scores of N conversations. Rows with the same prompt share its computation (`savelib.prefix`)."""
+        prompts = [tuple(row[: end + 1]) for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        ends = self._tensor(batch.prompt_ends)  # [N]
+        shared = (
+            len(number) < len(prompts)
+            and self.scorer.shares_prefixes()
+            and min(len(row) - end for row, end in zip(batch.ids, batch.prompt_ends, strict=True)) > 1
+        )
+        if not shared:
+            ids, lengths = self._padded(batch.ids)
+            rewards, hidden = self.scorer(ids, lengths, ends)
+        else:
+            of = self._tensor([number[prompt] for prompt in prompts])  # [N]
+            prefixes = self._padded(list(number), left=True)  # [U, P]
+            rest = [row[end + 1 :] for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
+            rewards, hidden = self.scorer(*self._padded(rest), ends, (*prefixes, of))
         return Scored(rewards.float(), hidden.float())
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def _padded(self, rows: list, left: bool = False) -> tuple[Tensor, Tensor]:
+        """(ids [N, S], lengths [N])."""
+        width, pad = max(map(len, rows)), self.model.config.get_text_config().pad_token_id or 0
+        fill = [[pad] * (width - len(row)) for row in rows]
+        ids = [[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)]
+        return self._tensor(ids), self._tensor(list(map(len, rows)))
 
     def values(self, prompt_hidden: Tensor) -> Tensor:
         """V [N] of hidden states [N, H] that are not differentiated: L_V moves psi only."""
@@ -327,8 +354,9 @@ class RewardModel(nn.Module):
 
 
 class Scorer(nn.Module):
-    """The classification model as one forward: (ids [N, S], lengths [N], ends [N]) -> (R [N], hidden for V [N, H]).
+    """The classification model as one call: (ids [N, S], lengths [N], ends [N]) -> (R [N], hidden for V [N, H]).
 
+    prefixes: (ids [U, P] left-padded, lengths [U], of [N]), then `ids` is what follows prefix of[i], whose end V reads.
     The logits of all tokens are never made: the reward head sees each row's last hidden state only.
     """
 
@@ -337,10 +365,24 @@ class Scorer(nn.Module):
         self.model = model
         self.causal = hasattr(plain(model), "score") and _is_causal(plain(model))
 
-    def forward(self, ids: Tensor, lengths: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    def shares_prefixes(self) -> bool:
+        """Whether `prefixes` can be given now; gradient checkpointing recomputes without keys and values."""
+        backbone = plain(self.model).base_model
+        return self.causal and not is_recomputing(backbone) and shares_prefixes(backbone)
+
+    def forward(
+        self, ids: Tensor, lengths: Tensor, ends: Tensor, prefixes: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         model = plain(self.model)
         where = torch.arange(ids.shape[1], device=ids.device)
         rows = torch.arange(len(ids), device=ids.device)
+        if prefixes is not None:
+            prefix_ids, prefix_lengths, of = prefixes
+            first = forward_prefixes(model.base_model, prefix_ids, prefix_lengths)
+            hidden = forward_suffixes(
+                model.base_model, first.past_key_values, prefix_lengths, of, ids, lengths
+            ).last_hidden_state
+            return model.score(hidden[rows, lengths - 1]).squeeze(-1), first.last_hidden_state[of, -1]
         mask = (where < lengths[:, None]).long()  # [N, S]
         if self.causal:
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

@@ -173,29 +173,44 @@ def layer_bytes(m: Sizes, seq: int, half: bool, rank: int = 0) -> int:
 
 
 def activation_bytes(
-    m: Sizes, rows: int, seq: int, half: bool, rank: int = 0, checkpointing: bool = False, logits: int = 0
+    m: Sizes,
+    rows: int,
+    prompt: int,
+    new: int,
+    half: bool,
+    rank: int = 0,
+    checkpointing: bool = False,
+    logits: bool = False,
 ) -> float:
-    """Peak of a forward and backward of [rows, seq] tokens beside weights and gradients.
+    """Peak of a forward and backward of `rows` responses of `new` tokens to one prompt, beside weights and gradients.
 
-    logits: completion tokens a row whose logits are made [rows, logits, vocab]; 0 for a reward model.
+    logits: whether those of the responses are made [rows, new, vocab]; not for a reward model. Without checkpointing
+    the prompt is computed once.
     """
-    b, tokens, lora = 2 if half else 4, rows * seq, half and rank
+    b, lora, seq = 2 if half else 4, half and rank, prompt + new
+    apart = rows > 1 and not checkpointing
+    tokens = prompt + rows * new if apart else rows * seq
     stream = (2 if lora else 4) * m.hidden * tokens  # the residual stream
     layer, copies = layer_bytes(m, seq, half, rank) * tokens, _copies(m, half, rank)
+    layer += apart * 2 * b * m.queries * rows * prompt  # each response has the prompt's keys and values
     backward = (8 * m.hidden + (10 if lora else 2 * b) * m.inner) * tokens  # gradients inside a block
-    soft = 12 * rows * logits * m.vocab + 3 * stream  # log_softmax in float32: output, gradients of output and input
+    soft = (
+        12 * rows * new * m.vocab * logits + 3 * stream
+    )  # log_softmax in float32: output, gradients of output and input
     if not checkpointing:
         return m.layers * layer + copies + max(backward, soft)
-    forward = copies + max(_forward_bytes(m, half, rank) * tokens, b * rows * logits * m.vocab)
+    forward = copies + max(_forward_bytes(m, half, rank) * tokens, b * rows * new * m.vocab * logits)
     output_layer = 2 * m.vocab * m.hidden if half and not rank and logits else 0
     return m.layers * stream + max(forward, output_layer + soft, layer + copies / m.layers + backward)
 
 
-def rollout_bytes(m: Sizes, rows: int, prompt: int, new: int, half: bool, rank: int = 0, top_p: bool = True) -> float:
-    """Peak of sampling beside the weights: at the forward of the prompts, or at the last token."""
-    first = cache_bytes(m, rows, prompt, half, rank) + _forward_bytes(m, half, rank) * rows * prompt
-    last = cache_bytes(m, rows, prompt + new, half, rank) * (1 + 1 / m.layers)  # a layer's cache is copied to grow
-    sampling = (38 if top_p else 32) * rows * m.vocab  # logits, sorted and their places; probabilities in float64
+def rollout_bytes(
+    m: Sizes, prompts: int, rows: int, prompt: int, new: int, half: bool, rank: int = 0, top_p: bool = True
+) -> float:
+    """Peak of sampling `rows` responses to `prompts` prompts beside the weights: at the prompts' forward, or later."""
+    first = cache_bytes(m, prompts, prompt, half, rank) + _forward_bytes(m, half, rank) * prompts * prompt
+    last = cache_bytes(m, rows, prompt + new, half, rank)
+    sampling = (34 if top_p else 28) * rows * m.vocab  # logits, sorted and their places; probabilities in float64
     return _copies(m, half, rank) + max(first, last + sampling)
 
 
@@ -285,13 +300,14 @@ def _row(c: Config, policy: Sizes, reward: Sizes, gpus: int) -> dict[str, Any]:
     half, rank, mine = c.precision == "bfloat16", c.lora_rank, c.batch_size // gpus * c.group_size
     prompt, new = min(c.max_prompt_tokens, PROMPT_TOKENS), c.max_new_tokens
     sampled = min(c.rollout_rows, mine)
-    shape = (prompt + new, half, rank, c.gradient_checkpointing)
+    shape = (prompt, new, half, rank, c.gradient_checkpointing)
     p, r = _training_bytes(policy, c, gpus), _training_bytes(reward, c, gpus)
     reference = 0 if rank else 4 * policy.total
     always = p["weights"] + reference + r["weights"] + sum(x["optimizer"] + x["kept"] for x in (p, r))
-    of_policy = activation_bytes(policy, min(c.micro_batch_responses, mine), *shape, logits=new)
-    of_reward = activation_bytes(reward, min(c.micro_batch_groups * c.group_size, mine), *shape)
-    sampling = rollout_bytes(policy, sampled, prompt, new, half, rank, c.top_p < 1)
+    of_policy = activation_bytes(policy, min(c.micro_batch_responses, mine), *shape, logits=True)
+    together = min(c.micro_batch_groups, c.batch_size // gpus)
+    of_reward = together * activation_bytes(reward, c.group_size, *shape)
+    sampling = rollout_bytes(policy, -(-sampled // c.group_size), sampled, prompt, new, half, rank, c.top_p < 1)
     whole = p["weights"] + r["weights"] if rank else 4 * (policy.total + reward.total)  # no engine shards them yet
     phases = {
         "stage 2": whole + sampling if RULES[c.rule].anchor == "value" else 0,

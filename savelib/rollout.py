@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -17,7 +15,9 @@ from transformers import (
 
 from savelib.config import Config, ConfigError
 from savelib.data import Prompt
-from savelib.models import autocast, recomputing, render
+from savelib.distributed import largest
+from savelib.models import autocast, is_recomputing, recomputing, render
+from savelib.prefix import forward_prefixes, forward_suffixes, left_mask, shares_prefixes, with_room
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,11 @@ def end_tokens(model: nn.Module, tokenizer) -> list[int]:
     return sorted(set(ids if isinstance(ids, list) else [ids]))
 
 
-class _Draw(LogitsProcessor):
-    """Leaves one token a row: the one where the cumulative probability passes the row's uniform number."""
-
-    def __init__(self, uniforms: Tensor, start: int):
-        self.uniforms, self.start = uniforms, start  # [n, T], columns of the prompts
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = self.uniforms[:, input_ids.shape[1] - self.start, None].double()  # [n, 1]
-        cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)  # [n, vocab]
-        token = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """One token a row [n]: where the cumulative probability of scores [n, vocab] passes the uniform number [n]."""
+    cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)  # [n, vocab]
+    drawn = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1).clamp(max=scores.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -89,34 +83,19 @@ def sample(
         for p in prompts
     ]
     _check_lengths(ids, prompts, model, config)
-    settings = GenerationConfig(
-        do_sample=False,  # the token is drawn by `_Draw`, after transformers' own warpers
-        repetition_penalty=1.0,  # hub models ship their own in generation_config.json; the paper names none
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=pad,
-    )
     prompt_lengths = torch.tensor([len(row) for row in ids], device=device)  # [B]
     width = int(prompt_lengths.max())
     prompt_ids = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)  # [B, P]
-    rows = prompt_ids.repeat_interleave(group_size, 0)  # [N, P]
-    mask = _left_mask(prompt_lengths, width).long().repeat_interleave(group_size, 0)
-    uniforms = torch.rand(len(rows), config.max_new_tokens) if uniforms is None else uniforms
-    warpers = [TemperatureLogitsWarper(config.temperature)] if config.temperature != 1 else []
-    warpers += [TopKLogitsWarper(config.top_k)] if config.top_k else []
-    warpers += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    count = len(prompts) * group_size  # N
+    uniforms = torch.rand(count, config.max_new_tokens) if uniforms is None else uniforms
     chunks = []
     with autocast(device, config.precision):
-        for i in range(0, len(rows), config.rollout_rows):
-            part = slice(i, i + config.rollout_rows)
-            out = model.generate(
-                input_ids=rows[part],
-                attention_mask=mask[part],
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([*warpers, _Draw(uniforms[part].to(device), width)]),
-                synced_gpus=lockstep,
+        for rows in torch.arange(count, device=device).split(config.rollout_rows):
+            groups, of = torch.unique(rows // group_size, return_inverse=True)
+            numbers = uniforms[rows.cpu()].to(device)
+            chunks.append(
+                _decode(model, prompt_ids[groups], prompt_lengths[groups], of, numbers, ends, pad, config, lockstep)
             )
-            chunks.append(out[:, width:])
     longest = max(c.shape[1] for c in chunks)
     completions = torch.cat([nn.functional.pad(c, (0, longest - c.shape[1]), value=pad) for c in chunks])  # [N, T]
     is_end = torch.isin(completions, torch.tensor(ends, device=device))
@@ -138,9 +117,46 @@ def sample(
     )
 
 
-def _left_mask(lengths: Tensor, width: int) -> Tensor:
-    """[N, P] bool of left-padded rows."""
-    return torch.arange(width, device=lengths.device) >= width - lengths[:, None]
+def _decode(
+    model: nn.Module, prompts: Tensor, prompt_lengths: Tensor, of: Tensor, uniforms: Tensor, ends: list[int], pad: int,
+    config: Config, lockstep: bool,
+) -> Tensor:  # fmt: skip
+    """Completions [n, T'] of rows that begin with prompt of[i], padded after the end token.
+
+    Each prompt goes through the model once; rows that have ended leave the batch when they are half of it.
+    """
+    warpers = LogitsProcessorList()
+    warpers += [TemperatureLogitsWarper(config.temperature)] if config.temperature != 1 else []
+    warpers += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+    warpers += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    end_ids, width = torch.tensor(ends, device=prompts.device), prompts.shape[1]
+    out = prompts.new_full((len(of), config.max_new_tokens), pad)
+    rows = torch.arange(len(of), device=prompts.device)  # those in the batch
+    going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
+    positions = prompt_lengths[of]  # of the next token
+    mask = torch.cat([left_mask(positions, width), going.new_ones(len(of), config.max_new_tokens)], 1).long()
+    made = forward_prefixes(model, prompts, prompt_lengths, logits_to_keep=1)
+    cache, scores = with_room(made.past_key_values, of, config.max_new_tokens), made.logits[of, -1]  # [n, vocab]
+    for step in range(config.max_new_tokens):
+        tokens = draw(warpers(rows, scores.float()), uniforms[rows, step])
+        out[rows[going], step] = tokens[going]
+        going = going & ~torch.isin(tokens, end_ids)
+        left = int(going.sum())
+        if step + 1 == config.max_new_tokens or not (largest(left)[0] if lockstep else left):
+            break
+        if left <= len(rows) / 2:
+            keep = going.nonzero().squeeze(1) if left else rows.new_zeros(1)
+            cache.batch_select_indices(keep)
+            rows, going, tokens, mask, positions = (x[keep] for x in (rows, going, tokens, mask, positions))
+        made = model(
+            input_ids=tokens[:, None],
+            attention_mask=mask[:, : width + step + 1],
+            position_ids=(positions + step)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        scores = made.logits[:, -1]
+    return out[:, : step + 1]
 
 
 def _check_lengths(ids: list[list[int]], prompts: list[Prompt], model: nn.Module, config: Config) -> None:
@@ -166,14 +182,29 @@ def completion_logprobs(model: nn.Module, rollout: Rollout, rows: Tensor, config
     lengths = rollout.completion_lengths.flatten()[rows]  # [n]
     steps = int(lengths.max())
     completions = rollout.completion_ids.flatten(0, 1)[rows, :steps]  # [n, T]
-    prompts, prompt_lengths = rollout.prompt_ids[rows // group_size], rollout.prompt_lengths[rows // group_size]
-    ids = torch.cat([prompts, completions], 1)  # [n, P+T]
-    right = torch.arange(steps, device=ids.device) < lengths[:, None]
-    mask = torch.cat([_left_mask(prompt_lengths, prompts.shape[1]), right], 1).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with autocast(ids.device, config.precision), recomputing(model, config.gradient_checkpointing):
+    groups, of = torch.unique(rows // group_size, return_inverse=True)  # [U], [n]
+    prompt_lengths = rollout.prompt_lengths[groups]  # [U]
+    prompts = rollout.prompt_ids[groups, rollout.prompt_ids.shape[1] - int(prompt_lengths.max()) :]  # [U, P]
+
+    def chosen(logits: Tensor, tokens: Tensor) -> Tensor:  # [n, t, vocab], [n, t] -> [n, t]
+        logprobs = torch.log_softmax(logits.float() / config.temperature, -1)
+        return logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+
+    with autocast(prompts.device, config.precision), recomputing(model, config.gradient_checkpointing):
+        if len(groups) < len(rows) and not is_recomputing(model) and shares_prefixes(model):
+            first = forward_prefixes(model, prompts, prompt_lengths, logits_to_keep=1)
+            parts = [chosen(first.logits[of], completions[:, :1])]
+            if steps > 1:
+                rest = forward_suffixes(
+                    model, first.past_key_values, prompt_lengths, of, completions[:, :-1], (lengths - 1).clamp(min=1)
+                )
+                parts.append(chosen(rest.logits, completions[:, 1:]))
+            return torch.cat(parts, 1)
+        ids = torch.cat([prompts[of], completions], 1)  # [n, P+T]
+        right = torch.arange(steps, device=ids.device) < lengths[:, None]
+        mask = torch.cat([left_mask(prompt_lengths[of], prompts.shape[1]), right], 1).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=steps + 1, use_cache=False
         )
-    logits = out.logits[:, :-1].float() / config.temperature  # [n, T, vocab]
-    return torch.log_softmax(logits, -1).gather(-1, completions[..., None]).squeeze(-1)
+        return chosen(out.logits[:, :-1], completions)

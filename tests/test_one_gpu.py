@@ -15,7 +15,7 @@ from savelib.analysis import METRICS
 from savelib.config import PROFILES, make_config
 from savelib.loop import Trainer, save_step, seed_everything, shared_sample
 from savelib.models import load_policy, load_reward_model, plain, recomputing
-from savelib.rollout import _Draw, completion_logprobs, sample
+from savelib.rollout import completion_logprobs, draw, sample
 from savelib.train import train
 
 CPU = torch.device("cpu")
@@ -204,8 +204,7 @@ def test_samples_do_not_depend_on_the_chunks(base):
 def test_tokens_are_drawn_with_their_probabilities():
     n = 200_000
     scores = torch.tensor([[1.0, -math.inf, 0.3, -1.0, -math.inf, 2.0]])
-    draw = _Draw(torch.rand(n, 1, generator=torch.Generator().manual_seed(3)), 5)
-    tokens = draw(torch.zeros(n, 5), scores.expand(n, -1)).argmax(1)
+    tokens = draw(scores.expand(n, -1), torch.rand(n, generator=torch.Generator().manual_seed(3)))
     counts = torch.bincount(tokens, minlength=6)
     expected = scores[0].double().softmax(0) * n
     possible = expected > 0
@@ -217,7 +216,7 @@ def test_tokens_are_drawn_with_their_probabilities():
 def test_the_ends_of_the_interval_give_possible_tokens(u):
     scores = torch.full((1, 50_000), -math.inf)
     scores[0, 7], scores[0, 40_000] = 0.1, 0.2
-    token = _Draw(torch.tensor([[u]]), 1)(torch.zeros(1, 1), scores).argmax(1).item()
+    token = draw(scores, torch.tensor([u])).item()
     assert token == (7 if u < 0.4 else 40_000)
 
 
