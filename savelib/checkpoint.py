@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from savelib.config import Config, ConfigError
 from savelib.distributed import is_main, rank, told, wait
-from savelib.loop import Trainer
+from savelib.loop import Trainer, extras_of
 from savelib.models import adapted, save_merged
 from savelib.paths import atomic_folder, drop, publish, sync, temporary_folder
 from savelib.runlog import LOGS, CheckpointError, checkpoints
@@ -70,13 +70,15 @@ def _optimizer_file(name: str) -> str:
 
 
 def _save_models(t: Trainer, folder: Path) -> None:
-    """policy/ and reward_model/: whole models, or adapters, and the value head."""
+    """policy/ and reward_model/: whole models, or adapters, and the value head; what else is trained, a file each."""
     for name, model in (("policy", t.policy), ("reward_model", t.reward_model.model)):
         weights = t.engines[name].full_weights(model)
         if is_main():
             model.save_pretrained(folder / name, **({} if adapted(model) else {"state_dict": weights}))
     if is_main():
         t.reward_model.save_value_head(folder / "reward_model")
+        for name, module in t.extras.items():
+            save_model(module, folder / f"{name}.safetensors")
 
 
 def save_final(t: Trainer, run: Path) -> None:
@@ -98,6 +100,9 @@ def save_final(t: Trainer, run: Path) -> None:
                     tokenizer.save_pretrained(folder)
                     if name == "reward_model":
                         t.reward_model.save_value_head(folder)
+                        if t.rule.extra:
+                            extra = t.rule.extra.name
+                            save_model(t.extras[extra], folder / f"{extra}.safetensors")
             except (OSError, SafetensorError) as error:
                 what = f"the trained {name} could not be written to {run / name}"
                 raise CheckpointError(what, error, run) from None
@@ -142,6 +147,12 @@ def _refuse_other(folder: Path, made: dict[str, Any], config: Config) -> None:
     other = [f"{k} = {v!r}" for k, v in made["made_with"].items() if getattr(config, k) != v]
     if other:
         raise ConfigError(f"checkpoint {folder} was made with {', '.join(other)}; give the same to go on from it")
+    missing = [e.name for e in extras_of(config) if f"{e.name}.safetensors" not in made["sha256"]]
+    if missing:
+        raise ConfigError(
+            f"checkpoint {folder} has no {', '.join(missing)}, which rule = {config.rule!r} or algo = {config.algo!r} "
+            "trains: go on from a run of the same rule and algorithm"
+        )
 
 
 def latest_checkpoint(run: Path) -> tuple[int, Path] | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from savelib.policy_loss import ALGORITHMS
+from savelib.policy_loss import ALGORITHMS, BY_TOKEN, WITH_A_MODEL
 from savelib.rules import RULES
 
 
@@ -163,7 +163,9 @@ class Config(BaseModel):
     freeze_policy: bool = _field(False, "table 1", "w/o policy optimization: the policy never moves")
     beta: float = _field(0.04, "table 8", "KL penalty to the initial policy", ge=0)
     kl: Literal["algorithm", "loss", "reward"] = _field(
-        "algorithm", "eq. 5, open", "k3 in the loss, k1 in the reward, or as the algorithm has it (loss: grpo, gspo)"
+        "algorithm",
+        "eq. 5, open",
+        "k3 in the loss, k1 in the reward, or as the algorithm has it (loss: grpo, gspo, prime)",
     )
     advantages_over: Literal["kept", "all"] = _field(
         "kept", "eq. 5, open", "responses whose rewards give a group's mean and std in the policy update"
@@ -211,6 +213,13 @@ class Config(BaseModel):
                 f"backend = {self.backend!r} shards an AdamW over all weights: use lora_rank=0 and optimizer=adamw "
                 "with it, or backend=ddp"
             )
+        if self.algo in WITH_A_MODEL and (self.backend != "ddp" or self.lora_rank):
+            raise ValueError(
+                f"algo = {self.algo!r} trains a third model, whole in every process: use backend=ddp and lora_rank=0 "
+                f"with it (here backend = {self.backend!r}, lora_rank = {self.lora_rank})"
+            )
+        if self.algo in BY_TOKEN and self.advantages_over == "all":
+            raise ValueError(f"advantages_over=all: algo {self.algo!r} has no statistics over the rewards of a group")
         if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs):
             raise ValueError(
                 f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"

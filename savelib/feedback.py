@@ -159,3 +159,21 @@ def net_forces(rewards: Tensor, values: Tensor, partition: Partition) -> tuple[T
     pull = (-_log1p_sum_exp(scores, partition.positive)).exp()
     push = -(-_log1p_sum_exp(scores, partition.negative)).expm1()
     return pull.masked_fill(~partition.valid, 0.0), push.masked_fill(~partition.valid, 0.0)
+
+
+def spread_loss(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
+    """Ours: -1/2 log(1 + variance of the rewards in the group), the mean over groups with two eligible responses.
+
+    rewards [B, G], eligible [B, G] bool -> scalar, a 0 that still has a graph when there is no such group. No anchor,
+    no labels: the gradient on R is in proportion to its distance from the group's mean, so it sums to 0 and does not
+    saturate. The variance is the biased one.
+    Pitfall: for a linear head this is power iteration: it finds the direction in which responses to a prompt differ
+    most, be it quality or style.
+    """
+    eligible = torch.ones_like(rewards, dtype=torch.bool) if eligible is None else eligible.bool()
+    count = eligible.sum(1)  # [B]
+    mean = rewards.masked_fill(~eligible, 0.0).sum(1) / count.clamp(min=1)
+    squares = (rewards - mean[:, None]).square().masked_fill(~eligible, 0.0)  # [B, G]
+    variance = squares.sum(1) / count.clamp(min=1)
+    used = count >= 2
+    return -0.5 * variance.log1p().masked_fill(~used, 0.0).sum() / used.sum().clamp(min=1)

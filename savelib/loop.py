@@ -20,9 +20,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from savelib import world
+from savelib import prime, world
 from savelib.config import Config, ConfigError
 from savelib.data import Preference, Prompt, train_and_heldout_preferences, train_and_heldout_prompts
 from savelib.distributed import Engine, ZeroEngine, gathered, is_main, largest, rank, share, summed, wait, world_size
@@ -49,14 +50,16 @@ from savelib.models import (
 from savelib.paths import atomic_folder, cache_dir, code_digest, resolve
 from savelib.policy_loss import (
     KL_IN_LOSS,
+    kl_k1,
     kl_penalized_rewards,
     loss_weight,
     policy_advantages,
     policy_loss,
+    prime_advantages,
     reinforce_pp_advantages,
 )
 from savelib.rollout import Rollout, completion_logprobs, sample
-from savelib.rules import RULES
+from savelib.rules import RULES, Extra, PairLabels, as_labelled
 from savelib.smollm2 import smollm2_path
 
 T = TypeVar("T")
@@ -168,28 +171,38 @@ def fit_bradley_terry(rm: RewardModel, pairs: list[Preference], config: Config) 
         losses = []
         for rows in torch.randperm(len(pairs)).split(config.bt_batch_size):
             batch = [pairs[i] for i in rows]
-            losses.append(bradley_terry_step(rm, batch, engine, config) * len(batch))
+            losses.append(bradley_terry_step(rm, batch, engine, config)["rm/loss"] * len(batch))
         yield sum(losses) / len(pairs)
 
 
-def bradley_terry_step(rm: RewardModel, pairs: list[Preference], engine: Engine, config: Config) -> float:
-    """One gradient step of eq. 11 on a batch of pairs, in micro-batches; returns the loss."""
+def bradley_terry_step(
+    rm: RewardModel, pairs: list[Preference], engine: Engine, config: Config, labels: PairLabels = as_labelled
+) -> dict[str, float]:
+    """One gradient step of eq. 11 on the pairs of a batch that `labels` gives a label, in micro-batches.
+
+    Returns rm/pairs, how many they are, and, if there are any, rm/loss.
+    """
     mine = pairs[rank() :: world_size()]
     encoded = [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in mine]
     size = max(1, config.micro_batch_groups * config.group_size // 2)
-    total = 0.0
+    total, count = 0.0, 0
     for i in range(0, len(mine), size):
         part = encoded[i : i + size]
         both = Encoded([r for e in part for r in e.ids], [r for e in part for r in e.prompt_ends])
         rewards = _scored(rm, both, config).rewards.view(-1, 2)  # [n, 2]
-        loss = bradley_terry_loss(rewards[:, 0], rewards[:, 1]) * len(part)
-        engine.backward(loss)
-        total += loss.item()
-    (total,) = summed(total)
+        better, worse = labels(rewards[:, 0], rewards[:, 1])
+        n = len(better)
+        if engine.needed(n):
+            loss = bradley_terry_loss(better, worse) * n if n else rewards.sum() * 0.0
+            engine.backward(loss)
+            total, count = total + loss.item(), count + n
+    total, count = summed(total, count)
     if not math.isfinite(total):
         raise NonFiniteError(f"Bradley-Terry loss is {total}; first prompt: {pairs[0].prompt[-1]['content'][:60]!r}")
-    engine.step(divisor=len(pairs))
-    return total / len(pairs)
+    if not count:
+        return {"rm/pairs": 0}
+    engine.step(divisor=count)
+    return {"rm/loss": total / count, "rm/pairs": int(count)}
 
 
 def reward_optimizer(rm: RewardModel, config: Config, backbone_lr: float, head_lr: float) -> torch.optim.Optimizer:
@@ -212,7 +225,7 @@ def adam(groups: list[dict], config: Config) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, weight_decay=0.0, adamw_mode=True)
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 # stage 2: value anchor integration
@@ -327,10 +340,14 @@ def _micro_batches(count: int, config: Config) -> Iterator[slice]:
         yield slice(i, min(i + config.micro_batch_groups, count))
 
 
-@torch.no_grad()
 def score_groups(rm: RewardModel, groups: list[Encoded], config: Config) -> GroupScores:
     """Score all groups without gradients, micro_batch_groups at a time."""
-    parts = [_score_some(rm, groups[rows], config) for rows in _micro_batches(len(groups), config)]
+    return _all_scores(lambda rows: _score_some(rm, groups[rows], config), len(groups), config)
+
+
+@torch.no_grad()
+def _all_scores(score: Callable[[slice], GroupScores], count: int, config: Config) -> GroupScores:
+    parts = [score(rows) for rows in _micro_batches(count, config)]
     return GroupScores(torch.cat([p.rewards for p in parts]), torch.cat([p.prompt_hidden for p in parts]))
 
 
@@ -360,6 +377,11 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def extras_of(config: Config) -> list[Extra]:
+    """What the rule and the policy algorithm train beside the policy and the reward model."""
+    return [extra for extra in (RULES[config.rule].extra, prime.EXTRA if config.algo == "prime" else None) if extra]
+
+
 class Trainer:
     """The models, optimizers and data of a run. Stages 1 and 2 are done (or found in the cache) when it is made.
 
@@ -374,18 +396,17 @@ class Trainer:
         self.pairs, self.heldout_pairs = main_first(train_and_heldout_preferences, config)
         self.sources = {"policy": main_first(policy_source, config), "reward_model": preference_stage(config)}
         reward = str(checkpoint / "reward_model") if checkpoint else anchor_stage(config)
+        seed_everything("value head init", config.seed)  # without stage 2, nothing else gives it its weights
         self.reward_model = load_reward_model(self.sources["reward_model"], config, self.device, reward)
         self.policy, self.tokenizer = load_policy(
             self.sources["policy"], self.device, config, checkpoint / "policy" if checkpoint else None
         )
         # with adapters, the reference is the policy without them
-        self.reference = (
-            None if config.lora_rank else load_policy(self.sources["policy"], self.device)[0].requires_grad_(False)
-        )
-        rm = self.reward_model
+        self.reference = None if config.lora_rank else self.initial_policy().requires_grad_(False)
+        rm, backbone_lr = self.reward_model, config.backbone_lr if self.rule.backbone else 0.0
         by_model = {
             "policy": (self.policy, adam([{"params": _trained(self.policy), "lr": config.policy_lr}], config)),
-            "reward_model": (rm.scorer, reward_optimizer(rm, config, config.backbone_lr, config.reward_head_lr)),
+            "reward_model": (rm.scorer, reward_optimizer(rm, config, backbone_lr, config.reward_head_lr)),
         }
         self.engines = {
             name: Engine(name, optimizer, config.max_grad_norm)
@@ -395,6 +416,18 @@ class Trainer:
         }
         head = torch.optim.AdamW(rm.value_head.parameters(), lr=config.value_head_lr, weight_decay=0.0)
         self.engines["value_head"] = Engine("value_head", head, config.max_grad_norm)  # small: whole everywhere
+        self.extras: dict[str, nn.Module] = {}
+        for extra in extras_of(config):
+            seed_everything(extra.name, config.seed)
+            module = self.extras[extra.name] = extra.build(self).to(self.device)
+            if checkpoint:
+                load_model(module, checkpoint / f"{extra.name}.safetensors")
+            optimizer = torch.optim.AdamW(module.parameters(), lr=getattr(config, extra.lr), weight_decay=0.0)
+            self.engines[extra.name] = Engine(extra.name, optimizer, config.max_grad_norm)
+
+    def initial_policy(self) -> nn.Module:
+        """A new copy of the initial policy."""
+        return load_policy(self.sources["policy"], self.device)[0]
 
     @property
     def lockstep(self) -> bool:
@@ -431,6 +464,13 @@ class Trainer:
             return 0.5
         return curriculum_threshold(1 if c.curriculum == "fixed" else step, c.total_steps, c.initial_margin)
 
+    def scores(self, groups: list[Encoded], rollout: Rollout, rows: slice, step: int) -> GroupScores:
+        """One forward over the groups `rows` of the batch: R, as the rule has it, and what V reads."""
+        if self.rule.score is None:
+            return _score_some(self.reward_model, groups[rows], self.config)
+        rewards = self.rule.score(self, groups[rows], rollout, rows, step)
+        return GroupScores(rewards, rewards.new_zeros(len(rewards), 0))  # such a rule has no value head
+
     def feedback(self, scores: GroupScores, threshold: float, eligible: Tensor) -> Feedback:
         """Eq. 4 and 15-17 with the rule's anchor; without one every eligible response is kept, on no side."""
         rewards = scores.rewards.detach()
@@ -462,7 +502,7 @@ def save_step(t: Trainer, step: int) -> tuple[dict[str, float], list[dict]]:
 
     # 2. Reward-model improvement: the contrastive loss on valid prompts, then the value head on all of them
     before, rm_metrics = improve_reward_model(t, groups, rollout, threshold, step)
-    scores = score_groups(t.reward_model, groups, c)
+    scores = _all_scores(lambda rows: t.scores(groups, rollout, rows, step), len(groups), c)
     check_finite(scores.rewards, rollout, step)
     value_metrics = improve_value_head(t, scores)
     clock.append(time.perf_counter())
@@ -489,15 +529,16 @@ def improve_reward_model(
     """Block 2 of the step, omega and phi: (R, V and filter of the reward model of step t-1, metrics).
 
     Each micro-batch runs forward once; its loss is a sum over groups, and the gradients are divided by the number of
-    groups at the end, so that the mean is over the whole batch however it is cut, over processes too. No feedback for
-    rules that do not look at the responses (frozen, offline_bt).
+    groups at the end, so that the mean is over the whole batch however it is cut, over processes too. A rule's extra
+    module is trained on the same loss. No feedback for rules that do not look at the responses (frozen, offline_bt,
+    ser).
     """
     c, rule, engine = t.config, t.rule, t.engines["reward_model"]
     if rule.pairs:
         for i in range(c.rm_steps):
             pairs = t.batch(t.pairs, (step - 1) * c.rm_steps + i + 1, c.batch_size)
-            loss = bradley_terry_step(t.reward_model, pairs, engine, c)
-        return None, {"rm/loss": loss}
+            metrics = bradley_terry_step(t.reward_model, pairs, engine, c, rule.pairs)
+        return None, metrics
     if rule.loss is None:
         return None, {}
     filtered: list[Feedback] = []  # by micro-batch, from the first pass
@@ -505,7 +546,7 @@ def improve_reward_model(
         total, count = 0.0, 0
         for j, rows in enumerate(_micro_batches(len(groups), c)):
             eligible = rollout.finished[rows]  # [m, G]
-            scores = _score_some(t.reward_model, groups[rows], c)
+            scores = t.scores(groups, rollout, rows, step)
             if i == 0:
                 check_finite(scores.rewards, rollout, step, rows)
                 filtered.append(t.feedback(scores, threshold, eligible))
@@ -518,6 +559,8 @@ def improve_reward_model(
         total, count = summed(total, count)
         if count:
             norm = engine.step(divisor=count)
+            if rule.extra:
+                t.engines[rule.extra.name].step(divisor=count)
     metrics = {"rm/loss": total / count, "rm/grad_norm": norm} if count else {}
     return _joined(filtered), metrics | {"rm/groups": int(count)}
 
@@ -568,9 +611,23 @@ def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int) 
             if scored is not rows:
                 with t.as_reference() as reference:
                     references = logprobs_of(reference, scored)
+    process_metrics: dict[str, float] = {}
     if c.algo == "reinforce_pp":
         lp = logprobs if in_reward else ref_logprobs
-        advantages = _whitened(rewards.flatten(), lp, ref_logprobs, mask, rows, c.beta if in_reward else 0.0)  # [n, T]
+        lp, ref, there = (_of_all(x, rows, mask) for x in (lp, ref_logprobs, mask[rows]))
+        of_all = reinforce_pp_advantages(gathered(rewards.flatten()), lp, ref, there, c.beta if in_reward else 0.0)
+        advantages = _mine(of_all, rows, mask)  # [n, T]
+    elif c.algo == "prime":
+        outcomes = prime.outcomes(rewards, used)  # [b, G]
+        process_metrics = prime.improve(t, rollout, rows, outcomes.flatten()[rows], ref_logprobs)
+        with torch.no_grad():
+            process = prime.process_rewards(logprobs_of(t.extras[prime.EXTRA.name], rows), ref_logprobs)  # [n, T]
+        if in_reward:
+            process = process - c.beta * kl_k1(logprobs, references)
+        of_all = prime_advantages(
+            _of_all(process, rows, mask), gathered(outcomes), gathered(used), _of_all(mask[rows], rows, mask)
+        )
+        advantages = _mine(of_all, rows, mask)  # [n, T]
     else:
         if in_reward:
             penalised = kl_penalized_rewards(rewards.flatten()[scored], logprobs, references, mask[scored], c.beta)
@@ -605,6 +662,7 @@ def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int) 
         "policy/kl": kl / tokens,
         "policy/grad_norm": norm,
         "policy/responses": int(responses),
+        **process_metrics,
     }
 
 
@@ -616,21 +674,18 @@ def _rounds(t: Trainer, rows: Tensor, size: int) -> list[Tensor]:
     return parts
 
 
-def _whitened(rewards: Tensor, lp: Tensor, ref: Tensor, mask: Tensor, rows: Tensor, beta: float) -> Tensor:
-    """REINFORCE++ advantages [n, T] of this process's rows, whitened over the tokens of all processes.
+def _of_all(values: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """All processes' values of all their responses, 0 where one is not among the rows.
 
-    rewards [N], mask [N, T]; lp, ref [n, T] of the rows [n] of N.
+    values [n, T] of the rows [n] of this process's N responses, mask [N, T] -> [W * N, longest T].
     """
-    width = int(largest(mask.shape[1])[0])
+    full = torch.zeros(len(mask), int(largest(mask.shape[1])[0]), dtype=values.dtype, device=values.device)
+    full[rows, : mask.shape[1]] = values
+    return gathered(full)
 
-    def everywhere(values: Tensor) -> Tensor:  # [n, T] -> [W * N, width]
-        full = torch.zeros(len(mask), width, dtype=values.dtype, device=values.device)
-        full[rows, : mask.shape[1]] = values
-        return gathered(full)
 
-    of_all = reinforce_pp_advantages(
-        gathered(rewards), everywhere(lp), everywhere(ref), everywhere(mask[rows]), beta
-    )  # [W * N, width]
+def _mine(of_all: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """The way back from `_of_all`: this process's rows [n, T]."""
     return of_all[rank() * len(mask) :][rows, : mask.shape[1]]
 
 

@@ -1,4 +1,4 @@
-"""Policy advantages, KL estimators and losses: GRPO, GSPO, RLOO equal to TRL's, REINFORCE++ as OpenRLHF defines it.
+"""Policy advantages, KL estimators and losses: GRPO, GSPO, RLOO equal to TRL's, REINFORCE++ OpenRLHF's, PRIME.
 
 Shapes: groups [B, G]; rows N are responses, T their completion tokens. Rows that should not teach are left out before
 the loss. Where the KL is not in the loss, it is subtracted from the reward before the advantages.
@@ -9,14 +9,17 @@ the loss. Where the KL is not in the loss, it is subtracted from the reward befo
 | gspo         | exp(mean log-ratio of the row)   | of a row's tokens, then of rows    | k3, loss      |
 | rloo         | exp(sum of the row's log-ratios) | of rows; a row's KL is a sum       | k1, reward    |
 | reinforce_pp | of each token, log within +-20   | of all tokens                      | k1, reward    |
+| prime        | of each token, log within +-20   | of all tokens                      | k3, loss      |
 """
 
 import torch
 from torch import Tensor
 
-ALGORITHMS = ("grpo", "gspo", "rloo", "reinforce_pp")
-CLIP = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "rloo": (0.2, 0.2), "reinforce_pp": (0.2, 0.2)}  # (low, high)
-KL_IN_LOSS = {"grpo": True, "gspo": True, "rloo": False, "reinforce_pp": False}  # False: in the reward
+ALGORITHMS = ("grpo", "gspo", "rloo", "reinforce_pp", "prime")
+BY_TOKEN = ("reinforce_pp", "prime")  # an advantage for each token
+WITH_A_MODEL = ("prime",)  # these train a model of their own
+CLIP = dict.fromkeys(ALGORITHMS, (0.2, 0.2)) | {"gspo": (3e-4, 4e-4)}  # (low, high)
+KL_IN_LOSS = {algo: algo in ("grpo", "gspo", "prime") for algo in ALGORITHMS}  # False: in the reward
 
 
 def _check_algorithm(algo: str) -> None:
@@ -49,11 +52,11 @@ def policy_advantages(algo: str, rewards: Tensor, kept: Tensor, over: str = "kep
 
     rewards [B, G], kept [B, G] bool -> [B, G], no graph; 0 where not kept and where fewer than 2 are kept.
     over: the statistics are those of the "kept" responses of the group, or of "all" G. ValueError for another value,
-    and for reinforce_pp, which has no group statistics.
+    and for reinforce_pp and prime, whose advantages are those of tokens.
     """
     _check_algorithm(algo)
-    if algo == "reinforce_pp":
-        raise ValueError("algo 'reinforce_pp' has no group advantages: use reinforce_pp_advantages")
+    if algo in BY_TOKEN:
+        raise ValueError(f"algo {algo!r} has no group advantages: use {algo}_advantages")
     if over not in ("kept", "all"):
         raise ValueError(f"over {over!r}: choose one of kept, all")
     kept = kept.bool()
@@ -96,10 +99,43 @@ def reinforce_pp_advantages(
     kl = kl_k1(logprobs, ref_logprobs).masked_fill(~mask, 0.0).clamp(-10, 10)
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))  # [N, T], one True a row
     token_rewards = torch.where(last, rewards.reshape(-1, 1), 0.0) - beta * kl
-    returns = token_rewards.flip(1).cumsum(1).flip(1)  # [N, T]
-    mean = returns[mask].mean()
-    variance = (returns[mask] - mean).square().mean()
-    return ((returns - mean) * variance.clamp(min=1e-8).rsqrt()).masked_fill(~mask, 0.0)
+    return _whitened(_reward_to_go(token_rewards), mask)
+
+
+def _reward_to_go(token_rewards: Tensor) -> Tensor:
+    return token_rewards.flip(1).cumsum(1).flip(1)  # [N, T]
+
+
+def _whitened(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and biased variance 1 over all tokens of the mask [N, T], 0 outside it."""
+    mean = values[mask].mean()
+    variance = (values[mask] - mean).square().mean()
+    return ((values - mean) * variance.clamp(min=1e-8).rsqrt()).masked_fill(~mask, 0.0)
+
+
+@torch.no_grad()
+def prime_advantages(process_rewards: Tensor, outcomes: Tensor, kept: Tensor, completion_mask: Tensor) -> Tensor:
+    """PRIME's advantages: return of the process rewards plus outcome, each less its leave-one-out mean, whitened.
+
+    process_rewards, completion_mask [N, T], outcomes, kept [B, G], row b * G + g being response g of prompt b ->
+    [N, T], no graph, 0 outside the mask and where not kept. A response's part in the others' process baseline is the
+    mean over its tokens; gamma is 1. The process rewards are not scaled to the batch's largest return, as verl does.
+    Pitfall: the whitening is global, so give it the whole batch, not a slice.
+    """
+    kept = kept.bool() & (kept.sum(1, keepdim=True) >= 2)  # [B, G]
+    mask = completion_mask.bool() & kept.flatten()[:, None]  # [N, T]
+    process = process_rewards.masked_fill(~mask, 0.0)
+    mean = (process.sum(1) / mask.sum(1).clamp(min=1)).view_as(kept)  # [B, G]
+    centred = process - _of_others(mean, kept).flatten()[:, None]
+    outcome = outcomes.to(process.dtype)
+    outcome = (outcome - _of_others(outcome, kept)).flatten()[:, None]  # [N, 1], at the last token
+    return _whitened(_reward_to_go(centred.masked_fill(~mask, 0.0)) + outcome, mask)
+
+
+def _of_others(values: Tensor, kept: Tensor) -> Tensor:
+    """The mean over the group's other kept responses: values, kept [B, G] -> [B, G]."""
+    values = values.masked_fill(~kept, 0.0)
+    return (values.sum(1, keepdim=True) - values) / (kept.sum(1, keepdim=True) - 1).clamp(min=1)
 
 
 def policy_loss(
@@ -119,14 +155,15 @@ def policy_loss(
     """Clipped policy loss: mean of -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A) + beta * k3 (see the table above).
 
     logprobs, old_logprobs, completion_mask [N, T]; ref_logprobs [N, T], or None where the KL is not in the loss;
-    advantages [N], for reinforce_pp [N, T] -> scalar. clip_low, clip_high, kl_in_loss: None takes `CLIP`, `KL_IN_LOSS`.
+    advantages [N], for reinforce_pp and prime [N, T] -> scalar.
+    clip_low, clip_high, kl_in_loss: None takes `CLIP`, `KL_IN_LOSS`.
     kl_times_ratio: k3 is weighted by w, TRL's `use_bias_correction_kl` (its default from 1.10 on, DeepSeek-V3.2's KL).
     Pitfall: beta acts here only if kl_in_loss; otherwise it must already be in the rewards.
     """
     _check_algorithm(algo)
     if len(logprobs) == 0:
         raise ValueError("logprobs: no rows; leave the policy update out when no response is kept")
-    shape = logprobs.shape if algo == "reinforce_pp" else logprobs.shape[:1]
+    shape = logprobs.shape if algo in BY_TOKEN else logprobs.shape[:1]
     if advantages.shape != shape:
         raise ValueError(f"advantages: shape {tuple(advantages.shape)}, but {algo} needs {tuple(shape)} here")
     clip_low = CLIP[algo][0] if clip_low is None else clip_low
@@ -140,7 +177,7 @@ def policy_loss(
         log_ratio = log_ratio.sum(1, keepdim=True) / lengths  # [N, 1]
     elif algo == "rloo":
         log_ratio = log_ratio.sum(1, keepdim=True)  # [N, 1]
-    elif algo == "reinforce_pp":
+    elif algo in BY_TOKEN:
         log_ratio = log_ratio.clamp(-20, 20)
     ratio = log_ratio.exp()
     advantages = advantages.view(len(advantages), -1)  # [N, 1] or [N, T]
@@ -153,7 +190,7 @@ def policy_loss(
     if algo == "rloo":
         return (loss.squeeze(1) + kl.sum(1)).mean()
     loss = (loss + kl).masked_fill(padding, 0.0)  # [N, T]
-    if algo == "reinforce_pp":
+    if algo in BY_TOKEN:
         return loss.sum() / (~padding).sum().clamp(min=1)
     return (loss.sum(1) / lengths.squeeze(1)).mean()
 
@@ -161,7 +198,7 @@ def policy_loss(
 def loss_weight(algo: str, completion_mask: Tensor) -> float:
     """The weight of a slice's `policy_loss`: sum(weight * loss) / sum(weight) over slices is the loss of all rows.
 
-    completion_mask [n, T] of the slice -> its rows, for reinforce_pp its tokens.
+    completion_mask [n, T] of the slice -> its rows, for reinforce_pp and prime its tokens.
     """
     _check_algorithm(algo)
-    return float(completion_mask.bool().sum() if algo == "reinforce_pp" else len(completion_mask))
+    return float(completion_mask.bool().sum() if algo in BY_TOKEN else len(completion_mask))

@@ -25,10 +25,12 @@ for name, values in jobs.items():
         ("policy", t.policy),
         ("reward_model", t.reward_model.model),
         ("value_head", t.reward_model.value_head),
+        *t.extras.items(),
     ):
         engine = t.engines[kind]
-        if {"policy": "policy/loss", "reward_model": "rm/loss", "value_head": "value/loss"}[kind] not in metrics:
-            continue  # not stepped
+        stepped = {"policy": "policy/loss", "reward_model": "rm/loss", "value_head": "value/loss"}
+        if stepped.get(kind, "policy/loss") not in metrics:
+            continue
         if engine.lockstep and not engine.sharded:
             zero = engine.engine.optimizer
             zero._hp_optimizer_states_linked = False  # it linked them before the first step, when there were none

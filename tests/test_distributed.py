@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import paper_run
+from tiny_models import centre_rewards, paper_run
 
 from savelib.config import ConfigError, make_config
 from savelib.distributed import Engine, FrozenWeightsError, connect, gathered, share, summed
@@ -23,6 +23,9 @@ RUNS = {  # what differs between processes: groups without contrast, kept respon
     "reinforce_pp": dict(algo="reinforce_pp", rm_steps=2, length_filter="both"),
     "hl_bt": dict(rule="hl_bt"),
     "offline_bt": dict(rule="offline_bt"),
+    "ser": dict(rule="ser"),
+    "r2m": dict(rule="r2m"),
+    "prime": dict(rule="frozen", algo="prime"),
     "mean_reward": dict(rule="mean_reward", value_head="mlp"),
     "frozen_backbone": dict(backbone_lr=0.0),
 }
@@ -47,6 +50,8 @@ def first_steps(base, tmp_path_factory):
         if out.is_dir():
             return out
         jobs = {name: base | RUNS[name] | dict(num_processes=processes, backend=backend) for name in names}
+        if "ser" in jobs:
+            jobs["ser"]["reward_model"] = centre_rewards(base["reward_model"], folder / "centred")
         (folder / f"{out.name}.jobs").write_text(json.dumps(jobs))
         words = [sys.executable, str(HERE / "first_step.py"), str(folder / f"{out.name}.jobs"), str(out)]
         if processes > 1:
@@ -96,8 +101,9 @@ def test_two_processes_give_the_metrics_and_gradients_of_one(first_steps, name):
 @pytest.mark.parametrize("backend", ["deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3"])
 def test_deepspeed_gives_the_metrics_and_gradients_of_one_process(first_steps, backend):
     one = first_steps(1, "ddp", tuple(RUNS))
-    for name in ("grpo", "sparse"):
-        compared(one, first_steps(2, backend, ("grpo", "sparse")), name)
+    names = ("grpo", "sparse", "ser", "r2m")
+    for name in names:
+        compared(one, first_steps(2, backend, names), name)
 
 
 def test_one_process_is_everybody(base):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import paper_run
+from tiny_models import centre_rewards, paper_run
 
 from savelib import feedback as F
 from savelib.config import ConfigError, make_config
@@ -49,7 +49,7 @@ def moved(module, before):
 def test_one_forward_with_gradients_one_without_and_backward_only_where_there_is_contrast(world):
     t = trainer(world, curriculum="linear")
     calls, backwards = [], []
-    t.reward_model.model.base_model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    t.reward_model.scorer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     t.reward_model.model.score.register_full_backward_hook(lambda *_: backwards.append(1))
     metrics, _ = save_step(t, 1)
     assert calls == [True] * 4 + [False] * 4  # B = 4 groups, one micro-batch each
@@ -73,9 +73,10 @@ def test_a_group_without_contrast_gets_no_backward(world):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_only_what_should_move_moves(world, rule):
+def test_only_what_should_move_moves(world, rule, tmp_path):
     """Table 8's learning rates: 1e-7 on backbone and reward head really moves float32 weights."""
-    t = trainer(world, rule=rule, value_head_lr=1e-5)
+    more = dict(reward_model=centre_rewards(world["reward_model"], tmp_path / "rm")) if rule == "ser" else {}
+    t = trainer(world, rule=rule, value_head_lr=1e-5, **more)
     models = {
         "reward": t.reward_model.model,
         "value": t.reward_model.value_head,
@@ -87,12 +88,15 @@ def test_only_what_should_move_moves(world, rule):
     save_step(t, 1)
     changed = {k: moved(m, before[k]) for k, m in models.items()}
     weights = {k for k, v in t.reward_model.model.named_parameters() if v.dim() == 2 and "embed" not in k}
-    assert changed["reward"] == set() if rule == "frozen" else weights <= changed["reward"]
+    if RULES[rule].backbone:
+        assert changed["reward"] == set() if rule == "frozen" else weights <= changed["reward"]
+    else:
+        assert changed["reward"] == {"score.weight"}
     assert changed["value"] == ({"0.weight", "0.bias"} if RULES[rule].anchor == "value" else set())
     assert {k for k, v in t.policy.named_parameters() if v.dim() == 2 and "embed" not in k} <= changed["policy"]
     assert changed["ref"] == set()
     assert all(p.dtype == torch.float32 for m in models.values() for p in m.parameters())
-    if rule != "frozen":
+    if rule != "frozen" and RULES[rule].backbone:
         name = "model.layers.0.mlp.up_proj.weight"
         step = (dict(t.reward_model.model.named_parameters())[name] - before["reward"][name]).abs().max()
         assert 2e-8 < step < 3e-7
@@ -106,7 +110,7 @@ def test_frozen_backbone_and_frozen_policy(world):
     assert moved(t.policy, policy) == set()
 
 
-@pytest.mark.parametrize("rule", ["save", "save_zero_net_force", "mean_reward", "hl_bt"])
+@pytest.mark.parametrize("rule", ["save", "save_zero_net_force", "mean_reward", "hl_bt", "spread"])
 def test_reward_model_update_equals_a_plain_transcription(world, rule):
     """One AdamW step on the whole batch's loss, written down naively: separate passes, no micro-batches."""
     values = world | dict(rule=rule, backbone_lr=1e-3, reward_head_lr=1e-2, curriculum="linear", initial_margin=0.1)
@@ -134,6 +138,12 @@ def test_reward_model_update_equals_a_plain_transcription(world, rule):
                 if any(ok)
                 else torch.tensor(0.0)
             )
+        if rule == "spread":
+            usable = [r for r, e in zip(R, ok, strict=True) if e]
+            if len(usable) >= 2:
+                mean = sum(usable) / len(usable)
+                losses.append(-0.5 * torch.log(1 + sum((r - mean) ** 2 for r in usable) / len(usable)))
+            continue
         if rule == "hl_bt":
             usable = sorted((r for r, e in zip(R, ok, strict=True) if e), key=lambda r: r.item())
             if len(usable) >= 2:
@@ -189,6 +199,7 @@ def test_micro_batches_do_not_change_the_step(world, algo):
 
 @pytest.mark.parametrize("options", [
     dict(kl="reward"), dict(kl="loss", algo="rloo"), dict(kl="loss", algo="reinforce_pp"),
+    dict(kl="reward", algo="prime"),
     dict(advantages_over="all", algo="rloo"),
     dict(policy_groups="both_signs"), dict(length_filter="both"), dict(rm_steps=3), dict(value_head="mlp"),
     dict(value_init="random"), dict(value_position="generation_prompt"), dict(curriculum="fixed"),

@@ -7,6 +7,7 @@ import torch
 
 from savelib.policy_loss import (
     ALGORITHMS,
+    BY_TOKEN,
     CLIP,
     KL_IN_LOSS,
     kl_k1,
@@ -15,6 +16,7 @@ from savelib.policy_loss import (
     loss_weight,
     policy_advantages,
     policy_loss,
+    prime_advantages,
     reinforce_pp_advantages,
 )
 
@@ -35,7 +37,7 @@ def random_rows(seed=0, rows=8, tokens=6, spread=0.3):
 def random_advantages(algo, logprobs, mask, seed=1):
     generator = torch.Generator().manual_seed(seed)
     advantages = torch.randn(logprobs.shape, generator=generator, dtype=logprobs.dtype)
-    return advantages * mask if algo == "reinforce_pp" else advantages[:, 0]
+    return advantages * mask if algo in BY_TOKEN else advantages[:, 0]
 
 
 # --- KL estimators -------------------------------------------------------------------------------------------------
@@ -163,6 +165,56 @@ def test_reinforce_pp_advantages_are_openrlhfs(spread):
     assert result[mask].std(correction=0).item() == pytest.approx(1)
 
 
+def naive_prime(process, outcomes, kept, mask):
+    """PRIME's advantage in loops: prompts, responses, tokens; then the global whitening."""
+    prompts, size = kept.shape
+    tokens, returns = mask.shape[1], {}
+    for b in range(prompts):
+        group = [g for g in range(size) if kept[b, g]]
+        mean = {}
+        for g in group:
+            here = [process[b * size + g, t].item() for t in range(tokens) if mask[b * size + g, t]]
+            mean[g] = sum(here) / len(here)
+        for g in group if len(group) > 1 else []:
+            others = [j for j in group if j != g]
+            baseline = sum(mean[j] for j in others) / len(others)
+            outcome = outcomes[b, g].item() - sum(outcomes[b, j].item() for j in others) / len(others)
+            here = [t for t in range(tokens) if mask[b * size + g, t]]
+            for t in here:
+                later = [process[b * size + g, s].item() - baseline for s in here if s >= t]
+                returns[b * size + g, t] = sum(later) + outcome
+    mean = sum(returns.values()) / len(returns)
+    std = math.sqrt(sum((x - mean) ** 2 for x in returns.values()) / len(returns))
+    return [
+        [(returns[n, t] - mean) / std if (n, t) in returns else 0.0 for t in range(tokens)] for n in range(len(mask))
+    ]
+
+
+def test_prime_advantages_against_loops():
+    process, _, _, mask = random_rows()
+    process = process.detach()
+    outcomes = torch.tensor([[1.0, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.float64)
+    for kept in ([[1, 1, 1, 1], [1, 1, 1, 1]], [[1, 0, 1, 1], [0, 1, 0, 0]]):
+        kept = torch.tensor(kept, dtype=torch.bool)
+        result = prime_advantages(process, outcomes, kept, mask)
+        wild = process.masked_fill(~(mask & kept.flatten()[:, None]), 1e9)  # what is not learnt from counts for nothing
+        assert torch.equal(prime_advantages(wild, outcomes, kept, mask), result)
+        for got, expected in zip(result.tolist(), naive_prime(process, outcomes, kept, mask), strict=True):
+            assert got == pytest.approx(expected, abs=1e-12)
+    assert result[[0, 2, 3]].any() and not result[[1, 4, 5, 6, 7]].any()
+
+
+def test_prime_without_process_rewards_is_whitened_rloo_on_the_outcome():
+    _, _, _, mask = random_rows()
+    outcomes, kept = torch.tensor([[1.0, 0, 1, 0], [1, 0, 0, 0]]), torch.ones(2, 4, dtype=torch.bool)
+    rloo = policy_advantages("rloo", outcomes, kept).flatten()[:, None].expand(mask.shape)
+    flat = rloo[mask]
+    expected = (flat - flat.mean()) / flat.std(correction=0)
+    result = prime_advantages(torch.zeros(mask.shape), outcomes, kept, mask)
+    torch.testing.assert_close(result[mask], expected)
+    assert result[0][mask[0]].unique().numel() == 1 and result[0, 0] > 0 > result[1, 0]
+
+
 # --- losses --------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +234,7 @@ def naive_loss(algo, logprobs, old, ref, advantages, mask, beta, kl_in_loss, kl_
                 ratio = sum(deltas.values()).exp()
             else:
                 ratio = deltas[t].exp()
-            advantage = advantages[n, t] if algo == "reinforce_pp" else advantages[n]
+            advantage = advantages[n, t] if algo in BY_TOKEN else advantages[n]
             losses.append(-torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage))
             kl[t] = kl[t] * ratio if kl_times_ratio else kl[t]
             if kl_in_loss and algo != "rloo":
@@ -192,7 +244,7 @@ def naive_loss(algo, logprobs, old, ref, advantages, mask, beta, kl_in_loss, kl_
             row = row + beta * sum(kl.values())
         per_row.append(row)
         per_token += losses
-    terms = per_token if algo == "reinforce_pp" else per_row
+    terms = per_token if algo in BY_TOKEN else per_row
     return sum(terms) / len(terms)
 
 
@@ -247,7 +299,7 @@ def test_padding_has_no_influence(algo):
 def test_clipping_stops_the_gradient_and_can_be_widened(algo):
     logprobs = torch.full((1, 2), -1.0, dtype=torch.float64, requires_grad=True)
     old, mask = torch.full((1, 2), -1.5, dtype=torch.float64), torch.ones(1, 2)
-    advantages = torch.ones(1, 2, dtype=torch.float64) if algo == "reinforce_pp" else torch.ones(1, dtype=torch.float64)
+    advantages = torch.ones(1, 2, dtype=torch.float64) if algo in BY_TOKEN else torch.ones(1, dtype=torch.float64)
     arguments = (algo, logprobs, old, None, advantages, mask)
     clipped = policy_loss(*arguments, beta=0.0)
     assert clipped.item() == pytest.approx(-(1 + CLIP[algo][1]))
@@ -259,9 +311,10 @@ def test_clipping_stops_the_gradient_and_can_be_widened(algo):
     assert floor.item() == pytest.approx(0.9)
 
 
-def test_reinforce_pp_bounds_the_log_ratio():
+@pytest.mark.parametrize("algo", BY_TOKEN)
+def test_losses_by_token_bound_the_log_ratio(algo):
     logprobs, old, mask = torch.zeros(1, 1), torch.full((1, 1), -500.0), torch.ones(1, 1)
-    loss = policy_loss("reinforce_pp", logprobs, old, None, -torch.ones(1, 1), mask, beta=0.0)
+    loss = policy_loss(algo, logprobs, old, None, -torch.ones(1, 1), mask, beta=0.0)
     assert loss.item() == pytest.approx(math.exp(20))
 
 
@@ -282,8 +335,9 @@ def test_bad_input_names_what_is_wrong():
     ):
         with pytest.raises(ValueError, match="'ppo'.*grpo, gspo, rloo, reinforce_pp"):
             call()
-    with pytest.raises(ValueError, match="reinforce_pp_advantages"):
-        policy_advantages("reinforce_pp", rows, mask)
+    for algo in BY_TOKEN:
+        with pytest.raises(ValueError, match=f"{algo}_advantages"):
+            policy_advantages(algo, rows, mask)
     with pytest.raises(ValueError, match="'some'.*kept, all"):
         policy_advantages("grpo", rows, mask, over="some")
     with pytest.raises(ValueError, match="advantages: shape"):

@@ -202,6 +202,19 @@ def test_adapters_and_8_bit_moments_go_on_bit_for_bit(tmp_path, monkeypatch):
     assert outcome(run) == outcome(straight)
 
 
+@pytest.mark.parametrize(("values", "module"), [
+    (dict(rule="r2m"), "policy_feedback"), (dict(rule="frozen", algo="prime"), "process_reward"),
+])  # fmt: skip
+def test_what_a_rule_or_an_algorithm_trains_besides_goes_on_bit_for_bit(base, values, module):
+    run = killed_after(5, base | values | dict(run_id="killed"))
+    folder = run / "checkpoints/step_000004"
+    assert {f"{module}.safetensors", f"{module}_optimizer.rank0.safetensors"} <= {f.name for f in folder.iterdir()}
+    straight = train(make_config(**base | values, run_id="straight"))
+    resumed(base | values)
+    assert outcome(run) == outcome(straight)
+    assert (run / "reward_model/policy_feedback.safetensors").is_file() == (module == "policy_feedback")
+
+
 @pytest.mark.parametrize("backend", [
     "ddp",
     pytest.param("deepspeed_zero2", marks=pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed: Linux")),

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -106,6 +107,22 @@ def paper_run(folder: Path, architecture: str = "qwen2") -> dict:
         anchor_responses=4, group_size=4, max_new_tokens=6, eval_prompts=2, device="cpu", curriculum="none",
         num_processes=1, backend="ddp",
     )  # fmt: skip
+
+
+def centre_rewards(source: str, folder: Path) -> str:
+    """A copy of a reward model whose rewards of PAIRS have mean 0 and sd 2: one that SER is sure of now and then."""
+    from savelib.models import RewardModel  # after the environment is set
+
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    rm = RewardModel(model.eval(), tokenizer)
+    said = [([{"role": "user", "content": prompt}], text) for prompt, *texts in PAIRS for text in texts]
+    encoded, w = rm.encode(said), model.score.weight.data
+    with torch.no_grad():
+        states = [model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in encoded.ids]
+        mean = torch.stack(states).mean(0)
+        w -= (w @ mean) * mean / (mean @ mean)
+        w *= 2 / rm.score(encoded).rewards.std()
+    return str(_save(model, tokenizer, folder))
 
 
 def _save(model, tokenizer, folder: Path) -> Path:

@@ -1,0 +1,123 @@
+"""How one step updates the reward model: each rule is an anchor, the groups that have a loss, and the loss.
+
+A new rule is one function and one line in RULES; one that needs more than a function has a file of its own here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from savelib.feedback import Partition, hl_bt_loss, save_loss, spread_loss, zero_net_force
+from savelib.rules import r2m
+from savelib.rules.ser import self_labelled
+
+if TYPE_CHECKING:
+    from savelib.loop import Trainer
+    from savelib.models import Encoded
+    from savelib.rollout import Rollout
+
+GroupLoss = Callable[[Tensor, Tensor | None, Partition, Tensor], Tensor]
+PairLabels = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+GroupScoring = Callable[["Trainer", "list[Encoded]", "Rollout", slice, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A module that a rule or a policy algorithm trains beside the policy and the reward model.
+
+    name: of its engine and of its file in checkpoints; build: the module at its start; lr: the config field of its
+    learning rate.
+    """
+
+    name: str
+    build: Callable[[Trainer], nn.Module]
+    lr: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to improve the reward model on a batch.
+
+    anchor: what responses are measured against: V(x) of the value head, the group's mean reward, or nothing (then
+        nothing is filtered, and no value head is trained).
+    loss: (rewards [B,G], anchors [B] or None, partition, eligible [B,G]) -> mean over the groups that `groups` names.
+    groups: (partition, eligible [B,G]) -> bool [B], the groups that have a loss; the others get no backward.
+    pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
+        rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
+    extra: a module that is trained on the same loss, with `score`: (trainer, groups, rollout, the groups' rows, step)
+        -> rewards [B,G] with it.
+    backbone: whether omega is trained at all.
+    """
+
+    description: str
+    anchor: Literal["value", "group_mean"] | None = None
+    loss: GroupLoss | None = None
+    groups: Callable[[Partition, Tensor], Tensor] | None = None
+    pairs: PairLabels | None = None
+    extra: Extra | None = None
+    score: GroupScoring | None = None
+    backbone: bool = True
+
+
+def as_labelled(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pair as its label has it."""
+    return chosen, rejected
+
+
+def _valid(partition: Partition, eligible: Tensor) -> Tensor:
+    return partition.valid
+
+
+def _two_eligible(partition: Partition, eligible: Tensor) -> Tensor:
+    return eligible.sum(-1) >= 2
+
+
+def _save(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return save_loss(rewards, anchors, partition)
+
+
+def _save_zero_net_force(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return save_loss(zero_net_force(rewards, eligible), anchors, partition)
+
+
+def _spread(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return spread_loss(rewards, eligible)
+
+
+def _hl_bt(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor) -> Tensor:
+    return hl_bt_loss(rewards, eligible)
+
+
+def _r2m(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor) -> Tensor:
+    return r2m.r2m_loss(rewards, eligible)
+
+
+RULES: dict[str, Rule] = {
+    "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, _valid),
+    "save_zero_net_force": Rule(
+        "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, _valid
+    ),
+    "spread": Rule(
+        "ours: widens the spread of each group's rewards; V serves the policy's filter alone",
+        "value",
+        _spread,
+        _two_eligible,
+    ),
+    "mean_reward": Rule("SAVE with the group's mean reward in the place of V(x)", "group_mean", _save, _valid),
+    "hl_bt": Rule("Bradley-Terry on the highest and the lowest reward of each group", None, _hl_bt, _two_eligible),
+    "offline_bt": Rule("continual offline training: Bradley-Terry on the preference pairs", pairs=as_labelled),
+    "ser": Rule("SER: Bradley-Terry on the preference pairs, labelled by the reward model itself", pairs=self_labelled),
+    "r2m": Rule(
+        "R2M: the reward head reads the policy's hidden states too, through a cross-attention",
+        loss=_r2m,
+        groups=_two_eligible,
+        extra=Extra(r2m.NAME, r2m.build, "reward_head_lr"),
+        score=r2m.score,
+        backbone=False,
+    ),
+    "frozen": Rule("the reward model never moves: plain RL"),
+}
