@@ -141,7 +141,13 @@ def manifest(runs: Path, run_id: str) -> dict:
 
 @pytest.mark.parametrize(
     "name, folder",
-    [("00_bt_preferences", "."), ("01_value_head", "notebooks"), ("02_onpolicy_filtering", "."), ("07_audit", ".")],
+    [
+        ("00_bt_preferences", "."),
+        ("01_value_head", "notebooks"),
+        ("02_onpolicy_filtering", "."),
+        ("07_audit", "."),
+        ("09_when_does_it_work", "."),
+    ],
 )
 def test_notebook_without_training_runs(name, folder, runs):
     executed(name, runs, ROOT / folder)
