@@ -15,7 +15,7 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 STRIP := --keep-id --extra-keys="metadata.papermill cell.metadata.papermill metadata.language_info"
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-kill lab lint
+.PHONY: help env train test test-kill bench lab lint
 
 help: ## list the targets and variables
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | awk -F'\t' '{printf "%-11s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ test: .venv/.installed ## run the tests: PYTEST_ARGS="tests/test_feedback.py -k 
 
 test-kill: .venv/.installed ## kill training 30 times, in the middle of saves too, and resume: 20 minutes
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -m kill -s tests/test_kill.py
+
+bench: .venv/.installed ## time a step of TRL's GRPO, our GRPO and SAVE: ARGS="--sizes a,b --repeats 7"
+	$(VENV) -m savelib bench $(ARGS)
 
 lab: .venv/.installed ## open JupyterLab in notebooks/
 	$(VENV) -m jupyterlab --notebook-dir=notebooks

@@ -265,6 +265,24 @@ def arena(
     _print_json(lambda: arena_json(judgments, questions, answers or None, category))
 
 
+@app.command()
+def bench(
+    sizes: Annotated[str, typer.Option(help="default a,a256,b,c,growth; with CUDA also paper512,paper1024")] = "",
+    repeats: Annotated[int, typer.Option(help="rounds after the warm-up")] = 7,
+    out: Annotated[Path | None, typer.Option(help="folder for the results; default: a new one under runs/")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="size quick, 2 repeats")] = False,
+) -> None:
+    """Time a step of TRL's GRPO, our GRPO and SAVE in turn, and hold the ratios against their bars."""
+    from savelib.bench import DEFAULT_SIZES, report, run
+
+    wanted = ["quick"] if quick else sizes.split(",") if sizes else list(DEFAULT_SIZES)
+    try:
+        folder = run(wanted, 2 if quick else repeats, out)
+    except ConfigError as error:
+        fail(error)
+    print(f"\n{report(folder)}\n\nfiles in  {folder}")
+
+
 def _print_json(make: Callable[[], tuple[dict, list[str]]]) -> None:
     """Figures on stdout, notes on stderr."""
     try:

@@ -205,12 +205,23 @@ def activation_bytes(
 
 
 def rollout_bytes(
-    m: Sizes, prompts: int, rows: int, prompt: int, new: int, half: bool, rank: int = 0, top_p: bool = True
+    m: Sizes,
+    prompts: int,
+    rows: int,
+    prompt: int,
+    new: int,
+    half: bool,
+    rank: int = 0,
+    cut: tuple[bool, bool] = (True, True),
 ) -> float:
-    """Peak of sampling `rows` responses to `prompts` prompts beside the weights: at the prompts' forward, or later."""
+    """Peak of sampling `rows` responses to `prompts` prompts beside the weights: at the prompts' forward, or later.
+
+    cut: whether top-k and top-p are on.
+    """
     first = cache_bytes(m, prompts, prompt, half, rank) + _forward_bytes(m, half, rank) * prompts * prompt
     last = cache_bytes(m, rows, prompt + new, half, rank)
-    sampling = (34 if top_p else 28) * rows * m.vocab  # logits, sorted and their places; probabilities in float64
+    # the logits; without top-k also sorted and with their places, and probabilities in float64
+    sampling = (9 if cut[0] else 32 if cut[1] else 26) * rows * m.vocab
     return _copies(m, half, rank) + max(first, last + sampling)
 
 
@@ -307,7 +318,9 @@ def _row(c: Config, policy: Sizes, reward: Sizes, gpus: int) -> dict[str, Any]:
     of_policy = activation_bytes(policy, min(c.micro_batch_responses, mine), *shape, logits=True)
     together = min(c.micro_batch_groups, c.batch_size // gpus)
     of_reward = together * activation_bytes(reward, c.group_size, *shape)
-    sampling = rollout_bytes(policy, -(-sampled // c.group_size), sampled, prompt, new, half, rank, c.top_p < 1)
+    sampling = rollout_bytes(
+        policy, -(-sampled // c.group_size), sampled, prompt, new, half, rank, (c.top_k > 0, c.top_p < 1)
+    )
     whole = p["weights"] + r["weights"] if rank else 4 * (policy.total + reward.total)  # no engine shards them yet
     phases = {
         "stage 2": whole + sampling if RULES[c.rule].anchor == "value" else 0,

@@ -38,13 +38,17 @@ def forward_suffixes(
 
 @torch.no_grad()
 def shares_prefixes(model: nn.Module) -> bool:
-    """Whether prefixes can be computed apart from what follows: full attention, and measured on a few tokens."""
+    """Whether prefixes can be computed apart from what follows: full attention, and measured on a few tokens.
+
+    Not under ZeRO-3, whose backward hangs where a module was run twice.
+    """
     known = getattr(model, "_shares_prefixes", None)
     if known is None:
         c = model.config.get_text_config()
         kinds = set(getattr(c, "layer_types", None) or ["full_attention"])
         full = kinds == {"full_attention"} and getattr(c, "sliding_window", None) is None
-        model._shares_prefixes = known = full and _equal_on_a_few_tokens(model)
+        sharded = any(hasattr(p, "ds_id") for p in model.parameters())
+        model._shares_prefixes = known = full and not sharded and _equal_on_a_few_tokens(model)
     return known
 
 

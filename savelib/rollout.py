@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -57,6 +56,19 @@ def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)  # [n, vocab]
     drawn = uniforms.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1).clamp(max=scores.shape[1] - 1)
+
+
+def next_tokens(scores: Tensor, uniforms: Tensor, config: Config) -> Tensor:
+    """The token of each row [n] from logits [n, vocab] by top-k, temperature and top-p, the latter of the k alone."""
+    ids = None
+    if 0 < config.top_k < scores.shape[1]:
+        ids = scores.topk(config.top_k).indices.sort(1).values  # [n, k]
+        scores = scores.gather(1, ids)
+    warpers = LogitsProcessorList()
+    warpers += [TemperatureLogitsWarper(config.temperature)] if config.temperature != 1 else []
+    warpers += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    tokens = draw(warpers(ids, scores), uniforms)
+    return tokens if ids is None else ids.gather(1, tokens[:, None]).squeeze(1)
 
 
 @torch.no_grad()
@@ -125,10 +137,6 @@ def _decode(
 
     Each prompt goes through the model once; rows that have ended leave the batch when they are half of it.
     """
-    warpers = LogitsProcessorList()
-    warpers += [TemperatureLogitsWarper(config.temperature)] if config.temperature != 1 else []
-    warpers += [TopKLogitsWarper(config.top_k)] if config.top_k else []
-    warpers += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
     end_ids, width = torch.tensor(ends, device=prompts.device), prompts.shape[1]
     out = prompts.new_full((len(of), config.max_new_tokens), pad)
     rows = torch.arange(len(of), device=prompts.device)  # those in the batch
@@ -138,7 +146,7 @@ def _decode(
     made = forward_prefixes(model, prompts, prompt_lengths, logits_to_keep=1)
     cache, scores = with_room(made.past_key_values, of, config.max_new_tokens), made.logits[of, -1]  # [n, vocab]
     for step in range(config.max_new_tokens):
-        tokens = draw(warpers(rows, scores.float()), uniforms[rows, step])
+        tokens = next_tokens(scores.float(), uniforms[rows, step], config)
         out[rows[going], step] = tokens[going]
         going = going & ~torch.isin(tokens, end_ids)
         left = int(going.sum())

@@ -278,19 +278,20 @@ def test_cache_is_that_of_a_real_forward(tmp_path, half, rank):
     "words, new, more",  # logits weigh most; the prompts' forward; the cache
     [(1, 8, dict(vocab_size=9000)), (80, 4, {}), (2, 100, dict(num_key_value_heads=8, intermediate_size=64))],
 )
-def test_peak_of_a_rollout(tmp_path, monkeypatch, half, rank, words, new, more):
+@pytest.mark.parametrize("cut", [(20, 0.8), (0, 0.8), (0, 1.0)])
+def test_peak_of_a_rollout(tmp_path, monkeypatch, half, rank, words, new, more, cut):
     monkeypatch.setattr("savelib.rollout.autocast", lambda *_: in_half(half))
     sizes, model = made(tmp_path, rank=rank, half=half, **more)
     tokenizer = byte_tokenizer("chatml")
     model.generation_config.eos_token_id = 10**6  # never sampled: all rows go on to the end
     prompts = [Prompt(str(i), [{"role": "user", "content": "x" * (words + i)}]) for i in range(4)]
-    c = settings(max_new_tokens=new, rollout_rows=8)
+    c = settings(max_new_tokens=new, rollout_rows=8, top_k=cut[0], top_p=cut[1])
     with Live(*model.parameters(), *model.buffers()) as live:
         out = sample(model, tokenizer, prompts, 4, c)
     assert out.completion_ids.shape[-1] == new
     width = out.prompt_ids.shape[1]
-    expected = plan.rollout_bytes(sizes, 2, 8, width, new, half, rank)
-    assert live.peak == pytest.approx(expected, rel=0.15)
+    expected = plan.rollout_bytes(sizes, 2, 8, width, new, half, rank, (cut[0] > 0, cut[1] < 1))
+    assert live.peak == pytest.approx(expected, rel=0.3 if half and cut[0] else 0.2)  # bfloat16 logits take half
 
 
 # the plan
@@ -302,7 +303,7 @@ def test_the_papers_profile_on_its_gpus():
     assert frame["fits"].any()
     assert "First that fits" in plan.describe_plan(paper, 4, 80)
     assert list(frame["setting"].unique()) == list(plan.SETTINGS)
-    assert plan.describe_plan(paper, 4, 80).endswith("with profile paper as it is")
+    assert plan.describe_plan(paper, 4, 72).endswith("with profile paper as it is")
     one = plan.describe_plan(paper, 1, 40)
     said = " ".join(one.split())
     assert "single_gpu" in said and "--set lora_rank=64" in said and "--set num_processes=1" in said

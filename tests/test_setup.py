@@ -18,7 +18,7 @@ from rattler import MatchSpec
 import savelib
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "env", "train", "test", "test-kill", "lab", "lint"]
+TARGETS = ["help", "env", "train", "test", "test-kill", "bench", "lab", "lint"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRE_COMMIT = {
     repo["repo"].split("/")[-1]: repo
@@ -92,8 +92,8 @@ def test_package_metadata_is_that_of_savelib():
     assert (project["name"], project["license"], project["requires-python"]) == ("savelib", "Apache-2.0", ">=3.11")
     assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "savelib.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", savelib.__version__)
-    assert PYPROJECT["tool"]["setuptools"]["packages"] == ["savelib", "savelib.benchmarks"]
-    assert sorted(p.parent.name for p in ROOT.glob("savelib/**/__init__.py")) == ["benchmarks", "savelib"]
+    assert PYPROJECT["tool"]["setuptools"]["packages"] == ["savelib", "savelib.benchmarks", "savelib.rules"]
+    assert sorted(p.parent.name for p in ROOT.glob("savelib/**/__init__.py")) == ["benchmarks", "rules", "savelib"]
 
 
 def test_pins_satisfy_the_bounds_and_savelib_imports_nothing_else():
