@@ -587,6 +587,8 @@ def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int) 
     if c.freeze_policy or not responses:
         return {"policy/responses": 0}
     rows = used.flatten().nonzero().squeeze(1)  # [n], flat indices of the responses that are learnt from
+    by_length = rollout.completion_lengths.flatten()[rows].argsort(stable=True)
+    rows = rows[by_length][(rows[by_length] // c.group_size).argsort(stable=True)]  # alike ones of a group together
     size = c.micro_batch_responses
     mask = rollout.completion_mask.flatten(0, 1)  # [N, T]
 
