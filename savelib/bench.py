@@ -87,7 +87,7 @@ class Size:
         return 3 * self.batch * self.group * (self.prompt + self.new + 1)
 
 
-_cpu = dict(gradient_checkpointing=False, micro_batch_groups=2, micro_batch_responses=16, rollout_rows=64)
+_cpu = dict(gradient_checkpointing=False, micro_batch_groups=1, micro_batch_responses=16, rollout_rows=64)
 _gpu = dict(lora_rank=64, micro_batch_groups=1, micro_batch_responses=8, rollout_rows=64)  # as profile single_gpu
 _a = Size("llama", 8, 8, 64, 64, _cpu)
 SIZES: dict[str, Size] = {

@@ -312,11 +312,9 @@ class RewardModel(nn.Module):
         prompts = [tuple(row[: end + 1]) for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         ends = self._tensor(batch.prompt_ends)  # [N]
-        shared = (
-            len(number) < len(prompts)
-            and self.scorer.shares_prefixes()
-            and min(len(row) - end for row, end in zip(batch.ids, batch.prompt_ends, strict=True)) > 1
-        )
+        saved = sum(map(len, prompts)) - sum(map(len, number))
+        followed = all(len(row) > end + 1 for row, end in zip(batch.ids, batch.prompt_ends, strict=True))
+        shared = saved > 0.05 * sum(map(len, batch.ids)) and followed and self.scorer.shares_prefixes()
         if not shared:
             ids, lengths = self._padded(batch.ids)
             rewards, hidden = self.scorer(ids, lengths, ends)

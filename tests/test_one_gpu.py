@@ -150,7 +150,10 @@ def test_single_gpu_is_the_papers_run_but_for_what_it_names():
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-def test_recomputing_changes_no_number(base, rank):
+def test_recomputing_changes_no_number(base, rank, monkeypatch):
+    """Bit for bit, where prompts are computed for each response in both; test_prefix compares with once for all."""
+    for module in ("models", "rollout"):
+        monkeypatch.setattr(f"savelib.{module}.shares_prefixes", lambda model: False)
     results = []
     for on in (False, True):
         t = Trainer(make_config(**base | dict(gradient_checkpointing=on), lora_rank=rank))
