@@ -162,6 +162,40 @@ def notebook(
 
 
 @app.command()
+def study(
+    files: Annotated[list[Path], typer.Argument(help="study files, for example data/studies/table1.yaml")],
+    seeds: Annotated[str, typer.Option(help="numbers and ranges, such as 0-9")] = "0-4",
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    profile: Profile = None,
+    set_: Pairs = [],  # noqa: B006
+    benchmarks: Annotated[str, typer.Option(help="score each reward model on these, comma-separated")] = "",
+    data_dir: Annotated[str, typer.Option(help="folder of the benchmarks' files; default: the hub")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="one seed, three steps: whether everything runs")] = False,
+) -> None:
+    """Run the cells of tables that are missing, by notebooks 03 and 05, and write their tables."""
+    import pandas as pd
+
+    from savelib.study import as_text, read_seeds, read_study, run_study
+
+    failed: dict[str, str] = {}
+    try:
+        values = ({"profile": profile} if profile else {}) | ({"total_steps": 3} if quick else {}) | _values(set_)
+        numbers = read_seeds(seeds)[: 1 if quick else None]
+        for file in files:
+            read_study(file)  # a bad one should cost no time
+        for file in files:
+            folder, errors = run_study(file, numbers, jobs, benchmarks, data_dir, **values)
+            failed |= errors
+            print(f"\n{as_text(pd.read_csv(folder / 'summary.csv'))}\n\ntables in {folder}\n")
+    except ConfigError as error:
+        fail(error)
+    for run, error in failed.items():
+        print(f"failed: {run}: {error}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="reward model: folder or hub id with one label")],
     benchmarks: Annotated[str, typer.Option(help="names, comma-separated")],

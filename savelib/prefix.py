@@ -81,9 +81,9 @@ class RoomyLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         n, (heads, self.length) = len(rows), layer.keys.shape[1:3]
         self.room = [x.new_empty(n, heads, self.length + more, x.shape[-1]) for x in (layer.keys, layer.values)]
-        for room, x in zip(self.room, (layer.keys, layer.values), strict=True):
-            room[:, :, : self.length] = x[rows]
         self._show()
+        for x, shown in ((layer.keys, self.keys), (layer.values, self.values)):
+            torch.index_select(x, 0, rows, out=shown)
 
     def _show(self) -> None:
         self.keys, self.values = (room[:, :, : self.length] for room in self.room)

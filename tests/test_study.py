@@ -1,0 +1,184 @@
+"""Studies: what each cell runs, what the tables say, and a small one run by papermill with a cell that fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from savelib.cli import _values
+from savelib.config import ConfigError, make_config
+from savelib.study import _as_text, jobs_of, read_seeds, read_study, run_study, summary, tidy
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = sorted((ROOT / "data" / "studies").glob("*.yaml"))
+STEM = [path.stem for path in STUDIES]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SAVE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("SAVE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def made(folder: Path, **values) -> Path:
+    path = folder / "made.yaml"
+    path.write_text(yaml.safe_dump({"title": "made", "reference": "A", "cells": [{"name": "A"}]} | values))
+    return path
+
+
+# what each cell runs
+
+
+def test_there_is_a_study_for_each_table():
+    assert [f"table{n}" for n in range(1, 7)] == STEM
+
+
+@pytest.mark.parametrize("profile", ["tiny", "paper"])
+@pytest.mark.parametrize("path", STUDIES, ids=STEM)
+def test_cells_are_configurations_that_the_command_line_passes_on(path, profile):
+    study = read_study(path)
+    jobs = jobs_of(study, [3, 5], profile=profile)
+    assert [job.cell for job in jobs] == [cell.name for cell in study.cells] * 2
+    assert len({job.config.run_id for job in jobs}) == len(jobs)
+    base = make_config(profile=profile).model_dump()
+    for job in jobs:
+        assert (job.config.seed, job.config.profile) == (job.seed, profile)
+        given = {k: v for k, v in job.config.model_dump().items() if v != base[k]} | {"profile": profile}
+        assert make_config(**_values([f"{k}={_as_text(v)}" for k, v in given.items()])) == job.config
+    assert {cell.paper for cell in study.cells} > {""} or all(cell.paper for cell in study.cells)
+
+
+def test_the_papers_tables_4_to_6_are_its_own_values_in_its_profile():
+    of = {path.stem: jobs_of(read_study(path), [0], profile="paper") for path in STUDIES}
+    rates = [(j.config.backbone_lr, j.config.reward_head_lr, j.config.value_head_lr) for j in of["table4"]]
+    assert np.allclose(rates, [(1e-6, 1e-6, 1e-5), (1e-6, 1e-6, 1e-6), (1e-7, 1e-7, 1e-5), (1e-7, 1e-7, 1e-6),
+                               (1e-7, 1e-7, 1e-7)])  # fmt: skip
+    assert [j.config.group_size for j in of["table5"]] == [4, 8, 16]
+    assert [j.config.initial_margin for j in of["table6"]] == [0.3, 0.5, 0.7]
+    shared = [{j.config.run_id for j in of[t]} for t in ("table1", "table2", "table4", "table5", "table6")]
+    assert len(set.intersection(*shared)) == 1, "the paper's own setting is one run in all tables"
+
+
+def test_the_improved_reward_model_is_that_of_the_run_before():
+    jobs = {job.cell: job for job in jobs_of(read_study(ROOT / "data/studies/table3.yaml"), [4], total_steps=2)}
+    made, improved = jobs["GRPO + SAVE"], jobs["GRPO + Improved RM"]
+    assert improved.config.reward_model == str(made.folder / "reward_model") and improved.config.bt_epochs == 0
+    assert improved.after == made.config.run_id and not made.after
+    assert (improved.config.rule, improved.config.total_steps) == ("frozen", 2)
+
+
+@pytest.mark.parametrize(
+    "text, seeds", [("0-3,7", [0, 1, 2, 3, 7]), ("5", [5]), (" 1 , 1-2", [1, 2]), ("100-101", [100, 101])]
+)
+def test_seeds(text, seeds):
+    assert read_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "3-1", "a", "1;2", "-1"])
+def test_bad_seeds_are_refused(text):
+    with pytest.raises(ConfigError, match="write numbers and ranges"):
+        read_seeds(text)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"reference": "B"}, "reference = 'B' is no cell; cells: A"),
+        ({"cells": []}, "cells: List should have at least 1 item"),
+        ({"cells": [{"name": "A"}, {"name": "A"}]}, "cell 'A': the name is there twice"),
+        ({"cells": [{"name": "A", "sett": {}}]}, "cells.0.sett: Extra inputs are not permitted"),
+        ({"cells": [{"name": "A", "set": {"alg": "rloo"}}]}, "unknown parameter 'alg' .did you mean 'algo'"),
+        ({"cells": [{"name": "A", "reward_model_of": "B"}]}, "reward_model_of = 'B' must name an earlier cell"),
+        ({"table": "table5_group_size", "cells": [{"name": "A", "paper": "5"}]}, "rows: 4, 8, 16; columns: Rew"),
+    ],
+)
+def test_bad_studies_are_named(tmp_path, values, said):
+    with pytest.raises(ConfigError, match=said):
+        read_study(made(tmp_path, **values))
+
+
+def test_a_study_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="study 'nowhere.yaml' cannot be read"):
+        read_study("nowhere.yaml")
+
+
+# tables
+
+
+def test_summary_equals_a_paired_t_test(tmp_path):
+    study = read_study(
+        made(
+            tmp_path, table="table5_group_size", reference="A",
+            cells=[{"name": "A", "paper": "16"}, {"name": "B", "paper": "4"}],
+        )
+    )  # fmt: skip
+    a, b = np.array([0.5, 0.7, 0.6, 0.9]), np.array([0.6, 0.9, 0.7, 0.95])
+    rows = [
+        {"cell": c, "seed": s, "measure": "m", "before": 0.4, "after": v, "change": v - 0.4, "run_id": f"{c}{s}"}
+        for c, values in (("A", a), ("B", b))
+        for s, v in enumerate(values)
+        if (c, s) != ("A", 3)  # a run that failed: seeds are paired all the same
+    ]
+    table = summary(pd.DataFrame(rows), study).set_index("cell")
+    found = stats.ttest_rel(b[:3], a[:3]).confidence_interval()
+    assert table.loc["B", ["low", "high"]].tolist() == pytest.approx([found.low, found.high])
+    assert table.loc["B", "difference"] == pytest.approx((b[:3] - a[:3]).mean())
+    assert table.loc["B", "resolved"] == (found.low > 0) and not table.loc["A", "resolved"]
+    assert table["seeds"].tolist() == [3, 4] and table.loc["B", "sd"] == pytest.approx(b.std(ddof=1))
+    assert table.loc["B", ["paper", "paper_difference"]].tolist() == pytest.approx([76.4, -0.3])
+    assert np.isnan(table.loc["A", "difference"]) and table.loc["B", "rose"] == 4
+
+
+# runs
+
+
+def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
+    cells = [
+        {"name": "A"},
+        {"name": "bad", "set": {"prompts": str(tmp_path / "nowhere.jsonl")}},
+        {"name": "after", "set": {"rule": "frozen"}, "reward_model_of": "bad"},
+        {"name": "again", "set": {"rule": "frozen"}, "reward_model_of": "A"},
+    ]
+    path, said = made(tmp_path, cells=cells), []
+    folder, failed = run_study(path, [0], 2, say=said.append, total_steps=2)
+    jobs = {job.cell: job for job in jobs_of(read_study(path), [0], total_steps=2)}
+    assert set(failed) == {jobs["bad"].config.run_id, jobs["after"].config.run_id}
+    assert "nowhere.jsonl" in failed[jobs["bad"].config.run_id]
+    assert failed[jobs["after"].config.run_id] == f"needs {jobs['bad'].config.run_id}, which failed"
+    assert (jobs["A"].folder / "03_save_train.ipynb").is_file(), "each executed notebook is kept"
+    table = pd.read_csv(folder / "cells.csv")
+    assert set(table["cell"]) == {"A", "again"} and set(table["run_id"]) <= {
+        p.name for p in jobs["A"].folder.parent.iterdir()
+    }
+    first = table.query("measure == 'eval/rm_accuracy'").set_index("cell")
+    assert first.loc["again", "before"] == first.loc["A", "after"], "it starts from the reward model of A"
+    assert said[0] == "made: 4 runs, 0 done before" and any("0:00:" in line for line in said[1:])
+
+    path.write_text(path.read_text().replace("nowhere.jsonl", "there.jsonl"))
+    (tmp_path / "there.jsonl").write_text('{"prompt": "fruit mary monday :"}\n' * 40)
+    said.clear()
+    stamp = (jobs["A"].folder / "manifest.json").stat().st_mtime_ns
+    run_study(path, [0], say=said.append, total_steps=2)
+    assert said[0] == "made: 4 runs, 2 done before" and (jobs["A"].folder / "manifest.json").stat().st_mtime_ns == stamp
+    assert len(tidy([job for job in jobs.values() if job.done])) == 8
+
+
+def test_quick_tables_by_the_command_line(tmp_path):
+    files = [str(ROOT / "data" / "studies" / f"table{n}.yaml") for n in (2, 6)]
+    done = subprocess.run(
+        [sys.executable, "-m", "savelib", "study", *files, "--quick", "--jobs", "2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "table6: 3 runs, 1 done before" in done.stdout and "2/2" in done.stdout, "SAVE is one run of both tables"
+    table = pd.read_csv(tmp_path / "runs" / "studies" / "table2" / "summary.csv")
+    assert set(table["cell"]) == {cell.name for cell in read_study(files[0]).cells}
+    manifests = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("study-*/manifest.json")]
+    assert len(manifests) == 5 and all(m["status"] == "done" for m in manifests)
