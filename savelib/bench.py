@@ -39,7 +39,7 @@ from savelib.config import Config, ConfigError, make_config
 from savelib.models import plain
 from savelib.paths import project_root, runs_dir, write_atomically
 from savelib.plan import GIB, PAPER_MODELS, Sizes, cache_bytes, model_sizes
-from savelib.train import _peak_memory, _reset_peak_memory
+from savelib.train import peak_memory, reset_peak_memory
 
 SYSTEMS = {"trl": "TRL GRPOTrainer", "grpo": "our GRPO (frozen)", "save": "our SAVE"}
 PHASES = (
@@ -247,7 +247,7 @@ class Turn:
     def begin(self) -> None:
         if not sys.stdin.readline():  # the other process is gone, or has enough
             os._exit(0)
-        _reset_peak_memory(self.device)
+        reset_peak_memory(self.device)
         self.rm_tokens, self.clock.seconds = 0, dict.fromkeys(PHASES, 0.0)
         self.cpu = time.process_time()
         self.step.enter_context(self.clock.phase("other"))
@@ -256,7 +256,7 @@ class Turn:
         self.step.close()
         seconds = self.clock.seconds
         self.send(seconds=sum(seconds.values()), **seconds, cpu_seconds=time.process_time() - self.cpu,
-                  peak_gb=_peak_memory(self.device), base_gb=self.base_gb,
+                  peak_gb=peak_memory(self.device), base_gb=self.base_gb,
                   rm_tokens=self.rm_tokens, **more)  # fmt: skip
 
 
@@ -348,8 +348,8 @@ def _worker(system: str, config: dict[str, Any], steps: int) -> None:
     os.dup2(2, 1)  # whatever else is printed
     made = Config(**config)
     device = torch.device(made.device)
-    _reset_peak_memory(device)
-    turn = Turn(channel, device, _peak_memory(device))
+    reset_peak_memory(device)
+    turn = Turn(channel, device, peak_memory(device))
     trls(made, turn, steps) if system == "trl" else ours(made, turn, steps)
 
 

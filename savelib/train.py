@@ -49,12 +49,12 @@ def train(config: Config) -> Path:
             log.metrics(0, metrics)
             track(metrics, step=0)
         for step in range(max(done, 0) + 1, config.total_steps + 1):
-            _reset_peak_memory(t.device)
+            reset_peak_memory(t.device)
             metrics, samples = save_step(t, step)
             last = step == config.total_steps
             if last or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluate(t)
-            (metrics["memory/peak_gb"],) = largest(_peak_memory(t.device))
+            (metrics["memory/peak_gb"],) = largest(peak_memory(t.device))
             log.samples(samples)
             log.metrics(step, metrics)
             track(metrics, step=step)
@@ -123,7 +123,7 @@ def _tracker(config: Config, folder: Path) -> Iterator[Callable[..., None]]:
         accelerator.end_training()
 
 
-def _reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Let the next reading be the peak from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -132,7 +132,7 @@ def _reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """GiB since the last reset: the allocator's peak on CUDA, the process's resident peak elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from savelib.feedback import hl_bt_loss
+from savelib.prefix import left_mask
 
 if TYPE_CHECKING:
     from savelib.loop import Trainer
@@ -128,8 +129,7 @@ def _policy_states(t: Trainer, rollout: Rollout, rows: slice) -> tuple[Tensor, T
     group_size = rollout.completion_ids.shape[1]
     completions = rollout.completion_ids[rows].flatten(0, 1)  # [N, T]
     prompts = rollout.prompt_ids[rows].repeat_interleave(group_size, 0)  # [N, P]
-    left = torch.arange(prompts.shape[1], device=prompts.device)
-    left = left >= prompts.shape[1] - rollout.prompt_lengths[rows].repeat_interleave(group_size)[:, None]
+    left = left_mask(rollout.prompt_lengths[rows].repeat_interleave(group_size), prompts.shape[1])
     mask = torch.cat([left, rollout.completion_mask[rows].flatten(0, 1)], 1)  # [N, S]
     ids, positions = torch.cat([prompts, completions], 1), (mask.cumsum(1) - 1).clamp(min=0)
     states = [
