@@ -316,20 +316,20 @@ class RewardModel(nn.Module):
         followed = all(len(row) > end + 1 for row, end in zip(batch.ids, batch.prompt_ends, strict=True))
         shared = saved > 0.05 * sum(map(len, batch.ids)) and followed and self.scorer.shares_prefixes()
         if not shared:
-            ids, lengths = self._padded(batch.ids)
+            ids, lengths = self.padded(batch.ids)
             rewards, hidden = self.scorer(ids, lengths, ends)
         else:
             of = self._tensor([number[prompt] for prompt in prompts])  # [N]
-            prefixes = self._padded(list(number), left=True)  # [U, P]
+            prefixes = self.padded(list(number), left=True)  # [U, P]
             rest = [row[end + 1 :] for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
-            rewards, hidden = self.scorer(*self._padded(rest), ends, (*prefixes, of))
+            rewards, hidden = self.scorer(*self.padded(rest), ends, (*prefixes, of))
         return Scored(rewards.float(), hidden.float())
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
 
-    def _padded(self, rows: list, left: bool = False) -> tuple[Tensor, Tensor]:
-        """(ids [N, S], lengths [N])."""
+    def padded(self, rows: list, left: bool = False) -> tuple[Tensor, Tensor]:
+        """Rows of token ids as (ids [N, S], lengths [N]), padded on the right or on the left."""
         width, pad = max(map(len, rows)), self.model.config.get_text_config().pad_token_id or 0
         fill = [[pad] * (width - len(row)) for row in rows]
         ids = [[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)]

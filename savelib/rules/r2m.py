@@ -113,10 +113,8 @@ def _embeddings(rm: RewardModel, ids: list[list[int]]) -> Tensor:
     """The hidden state of each conversation's last token, which the reward head reads [N, H]."""
     from savelib.models import plain
 
-    lengths = torch.tensor([len(row) for row in ids], device=rm.device)
-    padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long, device=rm.device)
+    padded, lengths = rm.padded(ids)
     mask = torch.arange(padded.shape[1], device=rm.device) < lengths[:, None]  # [N, S]
-    padded[mask] = torch.tensor([token for row in ids for token in row], device=rm.device)
     hidden = plain(rm.model).base_model(input_ids=padded, attention_mask=mask.long(), use_cache=False)
     return hidden.last_hidden_state[torch.arange(len(ids), device=rm.device), lengths - 1]
 
