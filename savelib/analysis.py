@@ -21,6 +21,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval/reward": ("policy, held-out prompts (reward)", ""),
     "eval/value_error": ("|V - mean R| on held-out prompts", "lower"),
     "eval/value_correlation": ("correlation of V with mean R over held-out prompts", "higher"),
+    "eval/value_gold_correlation": ("correlation of V with mean gold over held-out prompts", "higher"),
+    "eval/pseudo_label_accuracy": ("signs of R - V that agree with gold, held-out prompts", "higher"),
     "threshold": ("threshold mu(t), eq. 14", ""),
     "reward/mean": ("mean reward R of the batch", ""),
     "reward/std_in_group": ("spread of R within a group (sd)", ""),

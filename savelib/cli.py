@@ -170,6 +170,7 @@ def study(
     set_: Pairs = [],  # noqa: B006
     benchmarks: Annotated[str, typer.Option(help="score each reward model on these, comma-separated")] = "",
     data_dir: Annotated[str, typer.Option(help="folder of the benchmarks' files; default: the hub")] = "",
+    plain: Annotated[bool, typer.Option("--plain", help="train without notebook 03: no notebook is kept")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="one seed, three steps: whether everything runs")] = False,
 ) -> None:
     """Run the cells of tables that are missing, by notebooks 03 and 05, and write their tables."""
@@ -184,7 +185,7 @@ def study(
         for file in files:
             read_study(file)  # a bad one should cost no time
         for file in files:
-            folder, errors = run_study(file, numbers, jobs, benchmarks, data_dir, **values)
+            folder, errors = run_study(file, numbers, jobs, benchmarks, data_dir, plain, **values)
             failed |= errors
             print(f"\n{as_text(pd.read_csv(folder / 'summary.csv'))}\n\ntables in {folder}\n")
     except ConfigError as error:

@@ -44,7 +44,8 @@ def evaluate(t: Trainer) -> dict[str, float]:
     """Metrics `eval/...` of the trainer's models; the same prompts and the same random numbers each time.
 
     rm_accuracy: on the fixed held-out pairs; rm_accuracy_current: on right and wrong responses of the current policy
-    to one prompt (gold needed); gold: of those responses; value_correlation: V against the group's mean reward.
+    to one prompt (gold needed); gold: of those responses; value_correlation: V against the group's mean reward;
+    value_gold_correlation: V against its mean gold; pseudo_label_accuracy: how often the sign of R - V is gold's.
     """
     c = t.config
     out = {}
@@ -63,15 +64,26 @@ def evaluate(t: Trainer) -> dict[str, float]:
         gold.append(gathered(rollout.gold().to(t.device), len(batch)))
     rewards, gold = torch.cat(rewards).cpu(), torch.cat(gold).cpu()
     out["eval/reward"] = rewards.mean().item()
+    known = ~torch.isnan(gold)
     if t.rule.anchor == "value":
         with torch.no_grad():
             values = t.reward_model.values(torch.cat(hidden)).cpu()
         out["eval/value_error"] = (values - rewards.mean(1)).abs().mean().item()
-        if len(values) > 2 and values.std() > 0:
-            out["eval/value_correlation"] = torch.corrcoef(torch.stack([values, rewards.mean(1)]))[0, 1].item()
-    if not torch.isnan(gold).all():
+        out |= _correlation("eval/value_correlation", values, rewards.mean(1))
+        out |= _correlation("eval/value_gold_correlation", values[known.all(1)], gold[known.all(1)].mean(1))
+        if known.any():
+            agree = (rewards > values[:, None]) == (gold > 0.5)
+            out["eval/pseudo_label_accuracy"] = agree[known].float().mean().item()
+    if known.any():
         out["eval/gold"] = gold.nanmean().item()
         accuracy = ranking_accuracy(rewards, gold)
         if accuracy == accuracy:
             out["eval/rm_accuracy_current"] = accuracy
     return out
+
+
+def _correlation(name: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """Pearson's correlation of two vectors under a name; nothing for fewer than three points or equal ones."""
+    if len(x) < 3 or x.std() == 0 or y.std() == 0:
+        return {}
+    return {name: torch.corrcoef(torch.stack([x, y]))[0, 1].item()}

@@ -277,33 +277,33 @@ class RewardModel(nn.Module):
 
         Raises ConfigError for an empty prompt or response, or a conversation longer than the context.
         """
-        ids, ends = [], []
+        if not conversations:
+            return Encoded([], [])
+        at_generation = self.value_position == "generation_prompt"
+        prompts = {id(m): render(self.tokenizer, m, generation_prompt=at_generation) for m, _ in conversations}
+        texts = [render(self.tokenizer, [*m, {"role": "assistant", "content": r}]) for m, r in conversations]
+        out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)  # the template wrote the BOS
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for messages, response in conversations:
-            row, end = self._encode_one(messages, response)
+        special = set(self.tokenizer.all_special_ids)
+        ends = []
+        rows = zip(conversations, texts, out["input_ids"], out["offset_mapping"], strict=True)
+        for (messages, _), text, row, offsets in rows:
+            prefix, said = prompts[id(messages)], f"prompt: {messages[-1]['content'][:60]!r}"
+            if not text.startswith(prefix):
+                raise ConfigError(
+                    "reward_model: the chat template does not render the prompt as a prefix of the conversation, so V "
+                    f"has no token to read (value_position = {self.value_position!r}); {said}"
+                )
             if limit and len(row) > limit:
                 raise ConfigError(
-                    f"reward_model: a conversation of {len(row)} tokens exceeds its context of {limit}; prompt: "
-                    f"{messages[-1]['content'][:60]!r}; shorten max_new_tokens or max_prompt_tokens"
+                    f"reward_model: a conversation of {len(row)} tokens exceeds its context of {limit}; {said}; "
+                    "shorten max_new_tokens or max_prompt_tokens"
                 )
-            ids.append(row)
-            ends.append(end)
-        return Encoded(ids, ends)
-
-    def _encode_one(self, messages: Messages, response: str) -> tuple[list[int], int]:
-        text = render(self.tokenizer, [*messages, {"role": "assistant", "content": response}])
-        prefix = render(self.tokenizer, messages, generation_prompt=self.value_position == "generation_prompt")
-        if not text.startswith(prefix):
-            raise ConfigError(
-                f"reward_model: the chat template does not render the prompt as a prefix of the conversation, so V has "
-                f"no token to read (value_position = {self.value_position!r}); prompt: {messages[-1]['content'][:60]!r}"
-            )
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)  # the template wrote the BOS
-        inside = [i for i, (_, stop) in enumerate(out["offset_mapping"]) if stop <= len(prefix)]
-        if self.value_position == "user_turn":  # the end-of-turn token: a tokenizer merges nothing with it
-            special = set(self.tokenizer.all_special_ids)
-            inside = [i for i in inside if out["input_ids"][i] in special and i > 0] or inside
-        return out["input_ids"], inside[-1]
+            inside = [i for i, (_, stop) in enumerate(offsets) if stop <= len(prefix)]
+            if self.value_position == "user_turn":  # the end-of-turn token: a tokenizer merges nothing with it
+                inside = [i for i in inside if row[i] in special and i > 0] or inside
+            ends.append(inside[-1])
+        return Encoded(out["input_ids"], ends)
 
     # ids -> R, hidden state for V
 

@@ -1,19 +1,22 @@
-"""A study: cells of a table, each run by notebook 03 for each seed; one tidy table and one summary, made from files.
+"""A study: cells of a table, each run by notebook 03 for each seed; tidy tables and a summary, made from files.
 
 A study file names the cells, what sets each apart, and the paper's row beside it. What is done is not run again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +31,16 @@ from savelib.analysis import BEFORE_AFTER
 from savelib.audit import rows_of
 from savelib.benchmarks import BENCHMARKS
 from savelib.config import Config, ConfigError, check_names, make_config
+from savelib.launch import launch, needs_torchrun, worker
 from savelib.paths import code_digest, project_root, resolve, runs_dir, write_atomically
 from savelib.runlog import read_manifest, read_metrics
 
 NOTEBOOKS = project_root() / "notebooks"
+MEASURED = (  # what a run's course says of it: these metrics, each the mean since the evaluation before
+    "reward/mean", "reward/std_in_group", "force/pull", "force/push", "filter/kept", "filter/positive",
+    "filter/negative", "filter/valid_prompts", "value/error", "gold/success_rate", "gold/pseudo_label_accuracy",
+    "response/tokens", "response/unfinished", "policy/kl",
+)  # fmt: skip
 
 
 class Cell(BaseModel):
@@ -56,6 +65,8 @@ class Study(BaseModel):
     column: str = "Average"  # of that table, set beside ours
     reference: str  # the cell that differences are taken from, seed by seed
     common: dict[str, Any] = {}  # config fields of all cells
+    grid: dict[str, list[Any]] = {}  # config fields with several values: every cell is run at every combination
+    worlds: str = ""  # backbones, such as 200-204, each with every seed; empty: a seed is its own world
     cells: list[Cell] = Field(min_length=1)
 
 
@@ -64,7 +75,7 @@ class Job:
     """One run of one cell. after: the run whose reward model it takes."""
 
     cell: str
-    seed: int
+    setting: str  # its values of the grid's fields
     config: Config
     after: str = ""
 
@@ -91,7 +102,7 @@ def read_study(path: str | Path) -> Study:
     rows = rows_of(study.table) if study.table else pd.DataFrame()
     for i, cell in enumerate(study.cells):
         where = f"study {str(path)!r}, cell {cell.name!r}"
-        check_names([*study.common, *cell.set, *cell.times], Config.model_fields)
+        check_names([*study.common, *study.grid, *cell.set, *cell.times], Config.model_fields)
         if names.count(cell.name) > 1:
             raise ConfigError(f"{where}: the name is there twice")
         if cell.reward_model_of and cell.reward_model_of not in names[:i]:
@@ -118,16 +129,22 @@ def read_seeds(text: str) -> list[int]:
 
 
 def jobs_of(study: Study, seeds: list[int], **values: Any) -> list[Job]:
-    """All runs of a study, seed by seed; `values` are config fields over the file's. A seed is its own world.
+    """All runs of a study, world by world and seed by seed; `values` are config fields over the file's.
 
     A run's id is made of its whole configuration and of the code: a cell that changed is another run, and one that
     two studies share is one run.
     """
+    worlds = read_seeds(study.worlds) if study.worlds else []
     jobs = []
-    for seed in seeds:
+    for (world, seed), point in itertools.product(
+        itertools.product(worlds, seeds) if worlds else zip(seeds, seeds, strict=True),
+        itertools.product(*study.grid.values()),
+    ):
+        at = dict(zip(study.grid, point, strict=True))
+        setting = ", ".join(f"{field}={value}" for field, value in at.items())
         ids: dict[str, str] = {}
         for cell in study.cells:
-            mine = {"seed": seed, "world_seed": seed} | study.common | cell.set | values
+            mine = {"seed": seed, "world_seed": world} | study.common | at | cell.set | values
             after = ids.get(cell.reward_model_of, "")
             if after:
                 mine |= {"reward_model": str(runs_dir() / after / "reward_model"), "bt_epochs": 0}
@@ -139,7 +156,7 @@ def jobs_of(study: Study, seeds: list[int], **values: Any) -> list[Job]:
             words = ("study", config.profile, config.rule, config.algo, f"s{seed}", key.hexdigest()[:8])
             ids[cell.name] = "-".join(words)
             config = config.model_copy(update={"run_id": ids[cell.name], "resume": "auto"})
-            jobs.append(Job(cell.name, seed, config, after))
+            jobs.append(Job(cell.name, setting, config, after))
     return jobs
 
 
@@ -149,14 +166,16 @@ def run_study(
     workers: int = 1,
     benchmarks: str = "",
     data_dir: str = "",
+    plain: bool = False,
     say: Callable[[str], None] = print,
     **values: Any,
 ) -> tuple[Path, dict[str, str]]:
     """Run what is missing of a study and write its tables; (folder, run id -> error of each that failed).
 
-    workers: runs at a time. benchmarks, data_dir: notebook 05's, for each run's reward model. values: config fields.
+    workers: runs at a time. benchmarks, data_dir: notebook 05's, for each run's reward model. plain: train without
+    notebook 03, in half the time where a run takes seconds. values: config fields.
     A failed run stops only those that need it. Files in runs/studies/<name>/: cells.csv (a row per cell, seed and
-    measure), summary.csv, study.yaml.
+    measure), courses.csv (a row per run and evaluation), summary.csv, study.yaml.
     """
     name, study = Path(path).stem, read_study(path)
     jobs = jobs_of(study, seeds, **values)
@@ -170,9 +189,11 @@ def run_study(
             return f"needs {job.after}, which failed"
         if stopped.is_set():
             return "stopped"
-        return ("" if job.done else _train(job)) or _measure(job, benchmarks, data_dir)
+        train = (lambda job: processes.submit(_train_plainly, job).result()) if plain else _train
+        return ("" if job.done else train(job)) or _measure(job, benchmarks, data_dir)
 
-    with ThreadPoolExecutor(workers) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn) as processes, ThreadPoolExecutor(workers) as pool:
         once = {job.config.run_id: job for job in todo}  # in their order: what a run needs comes before it
         for run, job in once.items():
             futures[run] = pool.submit(work, job)
@@ -184,7 +205,8 @@ def run_study(
                     failed[job.config.run_id] = error
                 left = timedelta(seconds=round((time.monotonic() - started) / ended * (len(owners) - ended)))
                 said = f"FAILED: {error}" if error else "done"
-                say(f"{ended}/{len(owners)}  {job.cell}, seed {job.seed}: {said}  {left} left")
+                what = ", ".join(filter(None, (job.cell, job.setting, _which(job.config))))
+                say(f"{ended}/{len(owners)}  {what}: {said}  {left} left")
         finally:
             stopped.set()
     folder = runs_dir() / "studies" / name
@@ -199,6 +221,22 @@ def _train(job: Job) -> str:
     pairs = [word for name, value in given.items() for word in ("-p", f"{name}={_as_text(value)}")]
     error = _run("savelib", "notebook", NOTEBOOKS / "03_save_train.ipynb", *pairs)
     return "" if job.done else error or "the run is not done, though its notebook ended"
+
+
+def _train_plainly(job: Job) -> str:
+    """The run without a notebook; its error, or nothing."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(job.folder / "train.log", "a") as log, contextlib.redirect_stdout(log):
+            (launch if needs_torchrun(job.config) else worker)(job.config)
+    except Exception as error:  # one cell must not stop the others
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _which(config: Config) -> str:
+    world = "" if config.world_seed == config.seed else f"world {config.world_seed}, "
+    return f"{world}seed {config.seed}"
 
 
 def _measure(job: Job, benchmarks: str, data_dir: str) -> str:
@@ -237,52 +275,77 @@ def _as_text(value: Any) -> str:
 
 
 def write_tables(folder: Path, study: Study, jobs: list[Job]) -> None:
-    """cells.csv, summary.csv and study.yaml of the runs that are done."""
+    """cells.csv, courses.csv, summary.csv and study.yaml of the runs that are done."""
     cells = tidy(jobs)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "cells.csv", cells.to_csv(index=False))
+    write_atomically(folder / "courses.csv", courses(jobs).to_csv(index=False, float_format="%.5g"))
     write_atomically(folder / "summary.csv", summary(cells, study).to_csv(index=False))
     write_atomically(folder / "study.yaml", yaml.safe_dump(study.model_dump(), sort_keys=False))
 
 
 def tidy(jobs: list[Job]) -> pd.DataFrame:
-    """One row per cell, seed and measure: before, after, change, run_id. nan where a run has no such measure."""
+    """One row per run and measure: before, after, change, run_id. nan where a run has no such measure."""
     rows = []
     for job in jobs:
         metrics = read_metrics(job.folder)
         for measure in BEFORE_AFTER:
             known = metrics[measure].dropna() if measure in metrics else pd.Series(dtype=float)
             ends = (known.iloc[0], known.iloc[-1]) if len(known) else (float("nan"),) * 2
-            row = {"cell": job.cell, "seed": job.seed, "measure": measure, "before": ends[0], "after": ends[1]}
+            row = _name(job) | {"measure": measure, "before": ends[0], "after": ends[1]}
             rows.append(row | {"change": ends[1] - ends[0], "run_id": job.config.run_id})
         for file in sorted((job.folder / "evaluation" / "first").glob("*.json")):
             if file.stem in BENCHMARKS:
-                row = {"cell": job.cell, "seed": job.seed, "measure": file.stem, "run_id": job.config.run_id}
+                row = _name(job) | {"measure": file.stem, "run_id": job.config.run_id}
                 rows.append(row | {"after": json.loads(file.read_text())["overall"]})
-    return pd.DataFrame(rows, columns=["cell", "seed", "measure", "before", "after", "change", "run_id"])
+    columns = ["cell", "setting", "world", "seed", "measure", "before", "after", "change", "run_id"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _name(job: Job) -> dict[str, Any]:
+    return {"cell": job.cell, "setting": job.setting, "world": job.config.world_seed, "seed": job.config.seed}
+
+
+def courses(jobs: list[Job]) -> pd.DataFrame:
+    """One row per run and evaluation: its measures, and the mean of the metrics `MEASURED` since the one before."""
+    parts = []
+    for job in jobs:
+        metrics = read_metrics(job.folder)
+        known = [name for name in MEASURED if name in metrics]
+        evaluations = [name for name in metrics if name.startswith("eval/")]
+        at = metrics[evaluations].notna().any(axis=1)
+        since = at[::-1].cumsum()[::-1]  # rows up to and with an evaluation have one number
+        means = metrics.groupby(since)[known].mean().loc[since[at]].reset_index(drop=True)
+        found = metrics.loc[at, ["step", *evaluations]].reset_index(drop=True)
+        parts.append(pd.concat([pd.DataFrame([_name(job)] * len(found)), found, means], axis=1))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def summary(cells: pd.DataFrame, study: Study) -> pd.DataFrame:
-    """One row per measure and cell: mean and sd over the seeds, and the difference to the reference, seed by seed.
+    """One row per measure, setting and cell: mean and sd over the worlds, and the difference to the reference.
 
-    low, high: Student's 95% interval of the mean difference, nan with fewer than two seeds in common; resolved: whether
-    it leaves out 0. paper, paper_difference: the paper's figure and its difference to the reference's, of other scale.
+    Seeds of one world are averaged first, so that the errors are clustered by backbone; differences are taken run by
+    run. low, high: Student's 95% interval of the mean difference, nan with fewer than two worlds in common; resolved:
+    whether it leaves out 0; rose: runs that ended higher than they began. paper, paper_difference: the paper's figure
+    and its difference to the reference's, of other scale.
     """
     table = rows_of(study.table)[study.column] if study.table else pd.Series(dtype=float)
     label = {cell.name: cell.paper for cell in study.cells}
     rows = []
-    for measure, of in cells.groupby("measure", sort=False):
-        after = of.pivot(index="seed", columns="cell", values="after")
+    for (measure, setting), of in cells.groupby(["measure", "setting"], sort=False, dropna=False):
+        after = of.pivot(index=["world", "seed"], columns="cell", values="after")
         for cell in [c.name for c in study.cells if c.name in after and after[c.name].notna().any()]:
             mine, reference = after[cell], after.get(study.reference, pd.Series(index=after.index, dtype=float))
-            apart = (mine - reference).dropna()
+            by_world = mine.dropna().groupby("world").mean()
+            apart = (mine - reference).dropna().groupby("world").mean()
             low, high = interval_of_mean(apart)
             printed = table.get(label[cell], float("nan"))
             change = of.loc[of["cell"] == cell, "change"]
             rows.append(
                 {
-                    "measure": measure, "cell": cell, "seeds": int(mine.notna().sum()), "mean": mine.mean(),
-                    "sd": mine.std(), "change": change.mean(), "rose": int((change > 0).sum()),
+                    "measure": measure, "setting": setting, "cell": cell, "worlds": len(by_world),
+                    "runs": int(mine.notna().sum()), "mean": by_world.mean(), "sd": by_world.std(),
+                    "change": change.groupby(of["world"]).mean().mean(), "rose": int((change > 0).sum()),
                     "difference": apart.mean() if cell != study.reference else float("nan"), "low": low, "high": high,
                     "resolved": bool(low > 0 or high < 0), "paper": printed,
                     "paper_difference": printed - table.get(label[study.reference], float("nan")),
@@ -293,12 +356,15 @@ def summary(cells: pd.DataFrame, study: Study) -> pd.DataFrame:
 
 
 def as_text(summary: pd.DataFrame) -> str:
-    """The summary's main columns, a block a measure."""
+    """The summary's main columns, a block a measure and setting."""
     blocks = []
-    for measure, of in summary.groupby("measure", sort=False):
-        shown = of.set_index("cell")[["seeds", "mean", "sd", "change", "difference", "low", "high", "resolved"]]
+    for (measure, setting), of in summary.fillna({"setting": ""}).groupby(["measure", "setting"], sort=False):
+        shown = of.set_index("cell")[
+            ["worlds", "runs", "mean", "sd", "change", "difference", "low", "high", "resolved"]
+        ]
         shown = shown.join(of.set_index("cell")[["paper", "paper_difference"]].dropna(axis=1, how="all"))
-        blocks.append(f"{measure}\n{shown.to_string(float_format='{:.3f}'.format, na_rep='-')}")
+        title = " at ".join(filter(None, (measure, setting)))
+        blocks.append(f"{title}\n{shown.to_string(float_format='{:.3f}'.format, na_rep='-')}")
     return "\n\n".join(blocks)
 
 

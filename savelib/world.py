@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -313,13 +314,14 @@ def build_policy(world_seed: int = 0, start_share: float = 0.4) -> Path:
     )
 
 
-def _pairs(world_seed: int, start_share: float, prompts: list[str], n: int, seed: str) -> list[dict[str, str]]:
+@lru_cache(maxsize=8)
+def _pairs(world_seed: int, start_share: float, train: bool, n: int, seed: str) -> list[dict[str, str]]:
     """`n` pairs of two policy samples of the same prompt, chosen right and rejected wrong."""
     if n < 1:
         raise ValueError(f"{n} pairs asked for: take at least 1")
     folder, rng = build_policy(world_seed, start_share), random.Random(seed)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    pairs = []
+    prompts, pairs = _TRAIN if train else heldout_prompts(), []
     for _ in range(100):
         if len(pairs) >= n:
             return pairs[:n]
@@ -341,7 +343,7 @@ def preference_pairs(
     if not 0 <= label_noise <= 1:
         raise ValueError(f"label_noise {label_noise}: the share of flipped labels must lie in [0, 1]")
     rng = random.Random(f"labels {world_seed} {seed}")
-    pairs = _pairs(world_seed, start_share, _TRAIN, n_pairs, f"preferences {world_seed} {seed}")
+    pairs = [dict(p) for p in _pairs(world_seed, start_share, True, n_pairs, f"preferences {world_seed} {seed}")]
     for pair in pairs:
         if rng.random() < label_noise:
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
@@ -350,4 +352,4 @@ def preference_pairs(
 
 def heldout_pairs(world_seed: int = 0, n: int = 256, start_share: float = 0.4) -> list[dict[str, str]]:
     """Fixed evaluation pairs on held-out prompts: samples of the initial policy, chosen right by gold."""
-    return _pairs(world_seed, start_share, heldout_prompts(), n, f"heldout {world_seed}")
+    return [dict(pair) for pair in _pairs(world_seed, start_share, False, n, f"heldout {world_seed}")]

@@ -17,7 +17,7 @@ from savelib.config import ConfigError, make_config
 from savelib.study import _as_text, jobs_of, read_seeds, read_study, run_study, summary, tidy
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = sorted((ROOT / "data" / "studies").glob("*.yaml"))
+STUDIES = sorted((ROOT / "data" / "studies").glob("table*.yaml"))
 STEM = [path.stem for path in STUDIES]
 
 
