@@ -372,3 +372,49 @@ def _nothing_to_show(ax: plt.Axes) -> plt.Axes:
     ax.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=ax.transAxes, color="0.5")
     ax.set(xticks=[], yticks=[])
     return ax
+
+
+# studies: differences between cells, and their courses
+
+
+def paired_differences(table: pd.DataFrame, ax: plt.Axes | None = None, colour: object = "#333333") -> plt.Axes:
+    """Differences to a reference, a row a cell; filled: resolved, hollow: not.
+
+    table: by cell, difference (nan: nothing is drawn), low and high (nan: no interval), resolved (bool).
+    """
+    ax = ax or plt.gca()
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    for row, cell in enumerate(table.itertuples()):
+        if math.isnan(cell.difference):
+            continue
+        if not math.isnan(cell.low):
+            ax.plot([cell.low, cell.high], [row, row], color=colour, linewidth=1.5, solid_capstyle="butt")
+        face = colour if cell.resolved else "white"
+        ax.plot(cell.difference, row, "o", color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.5)
+    ax.set(yticks=range(len(table)), yticklabels=_plain(list(table.index)), ylim=(len(table) - 0.4, -0.6))
+    return ax
+
+
+def cell_colours(rules: dict[str, str]) -> dict[str, object]:
+    """cell -> colour: its rule's for the first cell of a rule, colours of their own for the others."""
+    others, found = iter(sns.color_palette("tab10")), {}
+    for cell, rule in rules.items():
+        found[cell] = next(others) if COLOURS[rule] in found.values() else COLOURS[rule]
+    return found
+
+
+def course(courses: pd.DataFrame, measure: str, colours: dict[str, object], ax: plt.Axes | None = None) -> plt.Axes:
+    """A measure in percent over the steps: the mean over worlds, a line a cell of `colours`; band: lowest to highest.
+
+    courses: cell, world, step and the measure, a row a run and evaluation. Seeds of one world are averaged first.
+    """
+    ax = ax or plt.gca()
+    known = courses.dropna(subset=[measure]) if measure in courses else courses.iloc[:0]
+    for cell, colour in colours.items():
+        of = known[known["cell"] == cell]
+        if len(of):
+            table = 100 * of.pivot_table(index="step", columns="world", values=measure)  # [steps, worlds]
+            ax.plot(table.index, table.mean(axis=1), color=colour, linewidth=2, label=cell)
+            ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.07, linewidth=0)
+    ax.set(xlabel="step", ylabel=axis_label(measure).replace("accuracy)", "accuracy, %)").replace("gold)", "gold, %)"))
+    return ax if len(known) else _nothing_to_show(ax)

@@ -373,3 +373,18 @@ def interval_of_mean(values: pd.Series, level: float = 0.95) -> tuple[float, flo
     if len(values) < 2 or not values.std() > 0:
         return float("nan"), float("nan")
     return tuple(map(float, stats.t.interval(level, len(values) - 1, values.mean(), values.sem())))
+
+
+def read_tables(folder: str | Path) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
+    """(study.yaml, summary.csv, courses.csv) of a folder that `write_tables` made.
+
+    Raises ConfigError where it is not there, or where no run was done.
+    """
+    place = Path(resolve(str(folder)))
+    try:
+        tables = [pd.read_csv(place / name) for name in ("summary.csv", "courses.csv")]
+    except (OSError, pd.errors.EmptyDataError):
+        raise ConfigError(
+            f"results: no study's tables in {str(folder)!r}; `make tables` makes them in {str(runs_dir() / 'studies')!r}"
+        ) from None
+    return read_study(place / "study.yaml"), *tables

@@ -14,7 +14,8 @@ from scipy import stats
 
 from savelib.cli import _values
 from savelib.config import ConfigError, make_config
-from savelib.study import _as_text, jobs_of, read_seeds, read_study, run_study, summary, tidy
+from savelib.runlog import read_metrics
+from savelib.study import MEASURED, _as_text, courses, jobs_of, read_seeds, read_study, run_study, summary, tidy
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "data" / "studies").glob("table*.yaml"))
@@ -46,10 +47,12 @@ def test_cells_are_configurations_that_the_command_line_passes_on(path, profile)
     study = read_study(path)
     jobs = jobs_of(study, [3, 5], profile=profile)
     assert [job.cell for job in jobs] == [cell.name for cell in study.cells] * 2
+    seeds = [(job.config.seed, job.config.world_seed) for job in jobs]
+    assert seeds == [(3, 3)] * len(study.cells) + [(5, 5)] * len(study.cells), "a seed is its own world"
     assert len({job.config.run_id for job in jobs}) == len(jobs)
     base = make_config(profile=profile).model_dump()
     for job in jobs:
-        assert (job.config.seed, job.config.profile) == (job.seed, profile)
+        assert job.config.profile == profile
         given = {k: v for k, v in job.config.model_dump().items() if v != base[k]} | {"profile": profile}
         assert make_config(**_values([f"{k}={_as_text(v)}" for k, v in given.items()])) == job.config
     assert {cell.paper for cell in study.cells} > {""} or all(cell.paper for cell in study.cells)
@@ -121,7 +124,17 @@ def test_summary_equals_a_paired_t_test(tmp_path):
     )  # fmt: skip
     a, b = np.array([0.5, 0.7, 0.6, 0.9]), np.array([0.6, 0.9, 0.7, 0.95])
     rows = [
-        {"cell": c, "seed": s, "measure": "m", "before": 0.4, "after": v, "change": v - 0.4, "run_id": f"{c}{s}"}
+        {
+            "cell": c,
+            "setting": "",
+            "world": s,
+            "seed": s,
+            "measure": "m",
+            "before": 0.4,
+            "after": v,
+            "change": v - 0.4,
+            "run_id": f"{c}{s}",
+        }
         for c, values in (("A", a), ("B", b))
         for s, v in enumerate(values)
         if (c, s) != ("A", 3)  # a run that failed: seeds are paired all the same
@@ -131,12 +144,42 @@ def test_summary_equals_a_paired_t_test(tmp_path):
     assert table.loc["B", ["low", "high"]].tolist() == pytest.approx([found.low, found.high])
     assert table.loc["B", "difference"] == pytest.approx((b[:3] - a[:3]).mean())
     assert table.loc["B", "resolved"] == (found.low > 0) and not table.loc["A", "resolved"]
-    assert table["seeds"].tolist() == [3, 4] and table.loc["B", "sd"] == pytest.approx(b.std(ddof=1))
+    assert table["runs"].tolist() == [3, 4] and table.loc["B", "sd"] == pytest.approx(b.std(ddof=1))
     assert table.loc["B", ["paper", "paper_difference"]].tolist() == pytest.approx([76.4, -0.3])
     assert np.isnan(table.loc["A", "difference"]) and table.loc["B", "rose"] == 4
 
 
+def test_errors_are_clustered_by_world(tmp_path):
+    study = read_study(made(tmp_path, cells=[{"name": "A"}, {"name": "B"}]))
+    generator = np.random.default_rng(0)
+    after = {c: generator.normal(size=(3, 2)) for c in "AB"}  # [worlds, seeds]
+    rows = [
+        {"cell": c, "setting": "x=1", "world": w, "seed": s, "measure": "m", "after": after[c][w, s], "run_id": "r"}
+        | {"before": 0.0, "change": after[c][w, s]}
+        for c in "AB" for w in range(3) for s in range(2)
+    ]  # fmt: skip
+    table = summary(pd.DataFrame(rows), study).set_index("cell")
+    found = stats.ttest_1samp((after["B"] - after["A"]).mean(1), 0).confidence_interval()
+    assert table.loc["B", ["low", "high"]].tolist() == pytest.approx([found.low, found.high])
+    assert table["worlds"].tolist() == [3, 3] and table["runs"].tolist() == [6, 6]
+    assert table.loc["B", "sd"] == pytest.approx(after["B"].mean(1).std(ddof=1))
+    assert table.loc["A", "rose"] == (after["A"] > 0).sum()
+
+
 # runs
+
+
+def test_a_grid_runs_every_cell_at_every_combination_in_every_world(tmp_path):
+    grid = {"start_share": [0.2, 0.8], "total_steps": [3, 5]}
+    cells = [{"name": "A"}, {"name": "B", "set": {"rule": "frozen"}, "reward_model_of": "A"}]
+    study = read_study(made(tmp_path, grid=grid, worlds="7-8", cells=cells))
+    jobs = jobs_of(study, [1])
+    assert len({job.config.run_id for job in jobs}) == len(jobs) == 2 * 2 * 2 * 2
+    assert [job.config.world_seed for job in jobs] == [7] * 8 + [8] * 8 and {job.config.seed for job in jobs} == {1}
+    points = [(job.config.start_share, job.config.total_steps) for job in jobs[:8:2]]
+    assert points == [(0.2, 3), (0.2, 5), (0.8, 3), (0.8, 5)]
+    assert jobs[2].setting == "start_share=0.2, total_steps=5"
+    assert all(b.after == a.config.run_id for a, b in zip(jobs[::2], jobs[1::2], strict=True))
 
 
 def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
@@ -147,12 +190,12 @@ def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
         {"name": "again", "set": {"rule": "frozen"}, "reward_model_of": "A"},
     ]
     path, said = made(tmp_path, cells=cells), []
-    folder, failed = run_study(path, [0], 2, say=said.append, total_steps=2)
-    jobs = {job.cell: job for job in jobs_of(read_study(path), [0], total_steps=2)}
+    few = {"total_steps": 2, "eval_every": 1}
+    folder, failed = run_study(path, [0], 2, plain=True, say=said.append, **few)
+    jobs = {job.cell: job for job in jobs_of(read_study(path), [0], **few)}
     assert set(failed) == {jobs["bad"].config.run_id, jobs["after"].config.run_id}
     assert "nowhere.jsonl" in failed[jobs["bad"].config.run_id]
     assert failed[jobs["after"].config.run_id] == f"needs {jobs['bad'].config.run_id}, which failed"
-    assert (jobs["A"].folder / "03_save_train.ipynb").is_file(), "each executed notebook is kept"
     table = pd.read_csv(folder / "cells.csv")
     assert set(table["cell"]) == {"A", "again"} and set(table["run_id"]) <= {
         p.name for p in jobs["A"].folder.parent.iterdir()
@@ -160,12 +203,24 @@ def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
     first = table.query("measure == 'eval/rm_accuracy'").set_index("cell")
     assert first.loc["again", "before"] == first.loc["A", "after"], "it starts from the reward model of A"
     assert said[0] == "made: 4 runs, 0 done before" and any("0:00:" in line for line in said[1:])
+    assert "step 2/2" in (jobs["A"].folder / "train.log").read_text()
 
     said.clear()
     stamp = (jobs["A"].folder / "manifest.json").stat().st_mtime_ns
-    run_study(path, [0], say=said.append, total_steps=2)
+    run_study(path, [0], plain=True, say=said.append, **few)
     assert said[0] == "made: 4 runs, 2 done before" and (jobs["A"].folder / "manifest.json").stat().st_mtime_ns == stamp
-    assert len(tidy([job for job in jobs.values() if job.done])) == 8
+    done = [job for job in jobs.values() if job.done]
+    assert len(tidy(done)) == 8
+
+    course = courses(done).query("cell == 'A'")
+    metrics = read_metrics(jobs["A"].folder)
+    assert course["step"].tolist() == [0, 1, 2] and set(course) >= {*MEASURED, "eval/gold"}
+    assert course["force/push"].tolist()[1:] == metrics["force/push"].tolist()[1:]
+    sparse = metrics.assign(**{c: metrics[c].where(metrics["step"] != 1) for c in metrics if c.startswith("eval/")})
+    sparse.to_json(jobs["A"].folder / "metrics.jsonl", orient="records", lines=True)
+    course = courses(done).query("cell == 'A'")
+    assert course["step"].tolist() == [0, 2]
+    assert course["force/push"].iloc[1] == pytest.approx(metrics["force/push"].mean()), "the mean since step 0"
 
 
 def test_quick_tables_by_the_command_line(tmp_path):
@@ -180,3 +235,4 @@ def test_quick_tables_by_the_command_line(tmp_path):
     assert set(table["cell"]) == {cell.name for cell in read_study(file).cells}
     manifests = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("study-*/manifest.json")]
     assert len(manifests) == 3 and all(m["status"] == "done" for m in manifests)
+    assert len(list((tmp_path / "runs").glob("study-*/03_save_train.ipynb"))) == 3, "each executed notebook is kept"
