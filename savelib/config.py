@@ -112,6 +112,13 @@ class Config(BaseModel):
     start_share: float = _field(
         0.4, "ours", "embedded world: share of right responses in the policy's SFT data", gt=0, lt=1
     )
+    pairs_share: float = _field(
+        0.0,
+        "ours",
+        "embedded world: the same of the policy that the preference pairs come from; 0: start_share",
+        ge=0,
+        lt=1,
+    )
     label_noise: float = _field(
         0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5
     )
@@ -227,6 +234,10 @@ class Config(BaseModel):
         if self.policy_groups == "both_signs" and not RULES[self.rule].anchor:
             raise ValueError(f"policy_groups=both_signs needs a rule with an anchor, and rule {self.rule!r} has none")
         return self
+
+    @property
+    def share_of_pairs(self) -> float:
+        return self.pairs_share or self.start_share
 
     def only(self, *names: str) -> dict[str, Any]:
         """The named fields as a plain dict, for cache keys and logs."""

@@ -81,7 +81,7 @@ def load_preferences(source: str, config: Config, field: str = "preferences") ->
             world_seed=config.world_seed,
             label_noise=config.label_noise,
             seed=config.seed,
-            start_share=config.start_share,
+            start_share=config.share_of_pairs,
         )
         return [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs]
     return _converted(_rows(source, field), _preference, config)
@@ -116,7 +116,7 @@ def train_and_heldout_preferences(config: Config) -> tuple[list[Preference], lis
     if config.eval_preferences:
         return pairs, load_preferences(config.eval_preferences, config, "eval_preferences")
     if config.preferences == "embedded":
-        heldout = world.heldout_pairs(world_seed=config.world_seed, start_share=config.start_share)
+        heldout = world.heldout_pairs(world_seed=config.world_seed, start_share=config.share_of_pairs)
         return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in heldout]
     return split_heldout(pairs) if pairs else ([], [])
 
