@@ -101,13 +101,13 @@ def seed_everything(*parts: int | str) -> None:
 # stage 1: preference learning
 
 STAGE1 = (
-    "reward_model", "preferences", "eval_preferences", "bad_rows", "world_seed", "share_of_pairs", "label_noise", "seed",
-    "precision", "lora_rank", "load_in_4bit", "optimizer",
+    "reward_model", "preferences", "eval_preferences", "bad_rows", "world_seed", "share_of_pairs", "label_noise",
+    "seed", "precision", "lora_rank", "load_in_4bit", "optimizer",
     "bt_epochs", "bt_batch_size", "bt_backbone_lr", "bt_head_lr", "max_grad_norm",
 )  # fmt: skip
 STAGE2 = STAGE1 + (
-    "policy_model", "start_share", "prompts", "prompt_selection", "value_position", "value_head", "value_init", "anchor_prompts",
-    "anchor_responses", "anchor_lr", "anchor_batch_size", "anchor_epochs", "temperature", "top_p", "top_k",
+    "policy_model", "start_share", "prompts", "prompt_selection", "value_position", "value_head", "value_init",
+    "anchor_prompts", "anchor_responses", "anchor_lr", "anchor_batch_size", "anchor_epochs", "temperature", "top_p", "top_k",
     "max_new_tokens", "max_prompt_tokens",
 )  # fmt: skip
 

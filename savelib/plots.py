@@ -397,14 +397,14 @@ def paired_differences(table: pd.DataFrame, ax: plt.Axes | None = None, colour: 
 
 def cell_colours(rules: dict[str, str]) -> dict[str, object]:
     """cell -> colour: its rule's for the first cell of a rule, colours of their own for the others."""
-    others, found = iter(sns.color_palette("tab10")), {}
+    others, found = iter(sns.color_palette("Dark2")), {}
     for cell, rule in rules.items():
         found[cell] = next(others) if COLOURS[rule] in found.values() else COLOURS[rule]
     return found
 
 
 def course(courses: pd.DataFrame, measure: str, colours: dict[str, object], ax: plt.Axes | None = None) -> plt.Axes:
-    """A measure in percent over the steps: the mean over worlds, a line a cell of `colours`; band: lowest to highest.
+    """A measure over the steps: the mean over worlds, a line a cell of `colours`; band: lowest to highest.
 
     courses: cell, world, step and the measure, a row a run and evaluation. Seeds of one world are averaged first.
     """
@@ -413,8 +413,8 @@ def course(courses: pd.DataFrame, measure: str, colours: dict[str, object], ax: 
     for cell, colour in colours.items():
         of = known[known["cell"] == cell]
         if len(of):
-            table = 100 * of.pivot_table(index="step", columns="world", values=measure)  # [steps, worlds]
+            table = of.pivot_table(index="step", columns="world", values=measure)  # [steps, worlds]
             ax.plot(table.index, table.mean(axis=1), color=colour, linewidth=2, label=cell)
             ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.07, linewidth=0)
-    ax.set(xlabel="step", ylabel=axis_label(measure).replace("accuracy)", "accuracy, %)").replace("gold)", "gold, %)"))
+    ax.set(xlabel="step", ylabel=axis_label(measure))
     return ax if len(known) else _nothing_to_show(ax)
