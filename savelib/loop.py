@@ -107,8 +107,8 @@ STAGE1 = (
 )  # fmt: skip
 STAGE2 = STAGE1 + (
     "policy_model", "start_share", "prompts", "prompt_selection", "value_position", "value_head", "value_init",
-    "anchor_prompts", "anchor_responses", "anchor_lr", "anchor_batch_size", "anchor_epochs", "temperature", "top_p", "top_k",
-    "max_new_tokens", "max_prompt_tokens",
+    "anchor_prompts", "anchor_responses", "anchor_lr", "anchor_batch_size", "anchor_epochs", "temperature", "top_p",
+    "top_k", "max_new_tokens", "max_prompt_tokens",
 )  # fmt: skip
 
 
