@@ -208,6 +208,26 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
     return said
 
 
+def early_signs(metrics: pd.DataFrame) -> dict[str, float]:
+    """What the first third of a run's steps says without gold; ours. nan where a run has no such metric.
+
+    metrics: of one run, or its rows of a study's courses.csv. positive share: of the responses kept, those that are
+    positive; net force: A - D; drift: of the mean reward since the first evaluation; spread: sd of R within a group;
+    kept: share of responses.
+    Pitfall: they know the reward model's opinion alone. One that is wrong throughout looks like a good one.
+    """
+    third = metrics["step"].max() / 3
+    early = metrics[metrics["step"].between(1, third)].reindex(columns=list(METRICS)).mean()
+    start = metrics["eval/reward"].dropna()
+    return {
+        "positive share": early["filter/positive"] / (early["filter/positive"] + early["filter/negative"]),
+        "net force": early["force/pull"] - early["force/push"],
+        "drift": early["reward/mean"] - (start.iloc[0] if len(start) else float("nan")),
+        "spread": early["reward/std_in_group"],
+        "kept": early["filter/kept"],
+    }
+
+
 def paper_table(name: str) -> pd.DataFrame:
     """A table or figure of the paper as printed there: `table1_rm_benchmarks`, `fig3_training_cost`, ..."""
     return pd.read_csv(resolve(f"data/paper/{name}.csv"))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -162,3 +163,13 @@ def test_commands_print_tables(words):
     assert done.exit_code == 0, done.output
     expected = {"runs": "mine", "glossary": "time/tokens_per_second", "plan": "deepspeed_zero2_offload"}[words[0]]
     assert expected in done.stdout
+
+
+def test_early_signs_are_means_of_the_first_third():
+    step = np.arange(0, 13)
+    rows = {"step": step, "force/pull": step, "force/push": step**2, "filter/positive": 0.2, "filter/negative": 0.6}
+    rows |= {"reward/mean": -1.0 * step, "eval/reward": [0.5] + [math.nan] * 12, "filter/kept": step / 10}
+    signs = analysis.early_signs(pd.DataFrame(rows))
+    assert signs["net force"] == pytest.approx(2.5 - 7.5) and signs["positive share"] == pytest.approx(0.25)
+    assert signs["drift"] == pytest.approx(-2.5 - 0.5) and signs["kept"] == pytest.approx(0.25)
+    assert math.isnan(signs["spread"]), "no such metric"

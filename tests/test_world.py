@@ -5,11 +5,16 @@ import json
 import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from savelib import world
+from savelib.config import make_config
+from savelib.data import train_and_heldout_preferences
+from savelib.evaluation import RESPONSES, evaluate
+from savelib.loop import Trainer, policy_source, seed_everything, shared_sample
 from savelib.paths import atomic_folder, cache_dir
 
 
@@ -157,6 +162,41 @@ def test_heldout_pairs():
     assert len(pairs) == 256 and pairs == world.heldout_pairs(0)
     assert {pair["prompt"] for pair in pairs} <= set(world.heldout_prompts())
     assert all(world.gold(p["prompt"], p["chosen"]) > world.gold(p["prompt"], p["rejected"]) for p in pairs)
+
+
+def test_the_pairs_may_come_from_another_policy_than_the_one_that_is_trained():
+    config = make_config(start_share=0.8, pairs_share=0.4)
+    train, heldout = train_and_heldout_preferences(config)
+    assert [p.chosen for p in heldout] == [p["chosen"] for p in world.heldout_pairs(0, start_share=0.4)]
+    assert [p.chosen for p in train] == [p["chosen"] for p in world.preference_pairs(0, start_share=0.4)]
+    assert policy_source(config) == str(world.build_policy(0, 0.8))
+    assert make_config(start_share=0.6).share_of_pairs == 0.6
+
+
+def test_evaluation_equals_a_plain_one():
+    t = Trainer(make_config(world_seed=0, eval_prompts=12, batch_size=4))
+    with torch.no_grad():
+        t.reward_model.value_head[-1].weight.normal_(0, 0.3)  # so that V is far from the rewards' mean
+    found = evaluate(t)
+    seed_everything("evaluation", 0)
+    prompts, rewards, values, gold = t.heldout_prompts[::16][:12], [], [], []
+    for i in range(0, 12, 4):
+        rollout = shared_sample(t.policy, t.tokenizer, prompts[i : i + 4], RESPONSES, t.config)
+        for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):
+            scored = [t.reward_model.score(t.reward_model.encode([(prompt.messages, text)])) for text in texts]
+            rewards.append([s.rewards.item() for s in scored])
+            values.append(t.reward_model.values(scored[0].prompt_hidden).item())
+            gold.append([world.gold(prompt.text, text) for text in texts])
+    agree = [(r[a] > v) == (g[a] > 0.5) for r, v, g in zip(rewards, values, gold, strict=True) for a in range(4)]
+    assert found["eval/pseudo_label_accuracy"] == pytest.approx(sum(agree) / len(agree)) and 0 < sum(agree) < len(agree)
+    for name, column in (("value_correlation", rewards), ("value_gold_correlation", gold)):
+        assert found[f"eval/{name}"] == pytest.approx(np.corrcoef(values, np.mean(column, 1))[0, 1], abs=1e-4)
+    assert found["eval/gold"] == pytest.approx(np.mean(gold)) and found["eval/reward"] == pytest.approx(
+        np.mean(rewards)
+    )
+    both = [(r, g, a, b) for r, g in zip(rewards, gold, strict=True) for a in range(4) for b in range(4)]
+    pairs = [r[a] > r[b] for r, g, a, b in both if g[a] > g[b]]
+    assert found["eval/rm_accuracy_current"] == pytest.approx(np.mean(pairs), abs=1e-6)
 
 
 @pytest.mark.parametrize(
