@@ -228,6 +228,39 @@ def early_signs(metrics: pd.DataFrame) -> dict[str, float]:
     }
 
 
+def signs_and_outcomes(courses: pd.DataFrame) -> pd.DataFrame:
+    """One row a run of a study: its early signs, and how far accuracies and gold moved from first to last evaluation.
+
+    courses: of `savelib.study.courses`. A last accuracy on current responses that cannot be measured (no right, or no
+    wrong ones, any more) is nan.
+    """
+    rows = {}
+    for name, run in courses.fillna({"setting": ""}).groupby(["cell", "setting", "world", "seed"]):
+        ends = run.sort_values("step").iloc[[0, -1]]
+        rows[name] = early_signs(run) | {m: float(ends[m].iloc[1] - ends[m].iloc[0]) for m in BEFORE_AFTER}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.rename_axis(["cell", "setting", "world", "seed"])
+
+
+def threshold_of(values: pd.Series, bad: pd.Series) -> dict[str, float | str]:
+    """The threshold on a sign that tells bad runs (bool) from the others best: threshold, side, balanced accuracy.
+
+    side: "above" if runs above it are called bad. Balanced: the mean of the shares of bad and of other runs called
+    rightly, .5 for a coin. Pitfall: the accuracy is that of the runs it was chosen on.
+    """
+    known = values.notna()
+    values, bad = values[known], bad[known]
+    levels = sorted(set(values))
+    best = {"threshold": float("nan"), "side": "above", "balanced accuracy": 0.5}
+    for low, high in zip(levels, levels[1:], strict=False):
+        above = values > (low + high) / 2
+        for side, called in (("above", above), ("below", ~above)):
+            right = (called[bad].mean() + (~called[~bad]).mean()) / 2
+            if right > best["balanced accuracy"]:
+                best = {"threshold": (low + high) / 2, "side": side, "balanced accuracy": right}
+    return best
+
+
 def paper_table(name: str) -> pd.DataFrame:
     """A table or figure of the paper as printed there: `table1_rm_benchmarks`, `fig3_training_cost`, ..."""
     return pd.read_csv(resolve(f"data/paper/{name}.csv"))

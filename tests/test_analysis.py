@@ -173,3 +173,24 @@ def test_early_signs_are_means_of_the_first_third():
     assert signs["net force"] == pytest.approx(2.5 - 7.5) and signs["positive share"] == pytest.approx(0.25)
     assert signs["drift"] == pytest.approx(-2.5 - 0.5) and signs["kept"] == pytest.approx(0.25)
     assert math.isnan(signs["spread"]), "no such metric"
+
+
+def test_a_threshold_tells_bad_runs_from_others():
+    values, bad = pd.Series([0.1, 0.2, math.nan, 0.6, 0.3, 0.9]), pd.Series([False, False, True, True, True, True])
+    found = analysis.threshold_of(values, bad)
+    assert found == {"threshold": pytest.approx(0.25), "side": "above", "balanced accuracy": 1.0}
+    assert analysis.threshold_of(-values, bad)["side"] == "below"
+    assert analysis.threshold_of(pd.Series([1.0, 1.0]), pd.Series([True, False]))["balanced accuracy"] == 0.5
+
+
+def test_signs_and_outcomes_are_a_row_a_run():
+    step = [0, 2, 4, 6]
+    course = {"cell": "A", "setting": math.nan, "world": 1, "step": step, "eval/gold": [0.4, 0.5, 0.6, 0.7]}
+    course |= {"eval/rm_accuracy": 0.8, "eval/rm_accuracy_current": [0.8, 0.7, 0.6, math.nan], "eval/reward": 0.1}
+    course |= {"filter/positive": [math.nan, 0.3, 1.0, 1.0], "filter/negative": [math.nan, 0.1, 1.0, 1.0]}
+    runs = pd.concat([pd.DataFrame(course | {"seed": seed}) for seed in (3, 4)])
+    table = analysis.signs_and_outcomes(runs)
+    assert table.index.get_level_values("seed").tolist() == [3, 4]
+    assert table["positive share"].tolist() == pytest.approx([0.75, 0.75])
+    assert table["eval/gold"].tolist() == pytest.approx([0.3, 0.3]) and table["eval/rm_accuracy"].tolist() == [0, 0]
+    assert table["eval/rm_accuracy_current"].isna().all()
