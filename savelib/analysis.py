@@ -235,7 +235,8 @@ def signs_and_outcomes(courses: pd.DataFrame) -> pd.DataFrame:
     wrong ones, any more) is nan.
     """
     rows = {}
-    for name, run in courses.fillna({"setting": ""}).groupby(["cell", "setting", "world", "seed"]):
+    courses = courses.assign(setting=courses["setting"].astype(object).fillna(""))  # a study without a grid has none
+    for name, run in courses.groupby(["cell", "setting", "world", "seed"]):
         ends = run.sort_values("step").iloc[[0, -1]]
         rows[name] = early_signs(run) | {m: float(ends[m].iloc[1] - ends[m].iloc[0]) for m in BEFORE_AFTER}
     table = pd.DataFrame.from_dict(rows, orient="index")

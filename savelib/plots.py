@@ -391,6 +391,7 @@ def paired_differences(table: pd.DataFrame, ax: plt.Axes | None = None, colour: 
             ax.plot([cell.low, cell.high], [row, row], color=colour, linewidth=1.5, solid_capstyle="butt")
         face = colour if cell.resolved else "white"
         ax.plot(cell.difference, row, "o", color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.5)
+    ax.locator_params(axis="x", nbins=5)
     ax.set(yticks=range(len(table)), yticklabels=_plain(list(table.index)), ylim=(len(table) - 0.4, -0.6))
     return ax
 
@@ -403,18 +404,48 @@ def cell_colours(rules: dict[str, str]) -> dict[str, object]:
     return found
 
 
-def course(courses: pd.DataFrame, measure: str, colours: dict[str, object], ax: plt.Axes | None = None) -> plt.Axes:
-    """A measure over the steps: the mean over worlds, a line a cell of `colours`; band: lowest to highest.
+def course(
+    courses: pd.DataFrame, measure: str, colours: dict[str, object], start: str, ax: plt.Axes | None = None
+) -> plt.Axes:
+    """A measure over the steps, in points above the world's start: a line a cell of `colours`, band: standard error.
 
-    courses: cell, world, step and the measure, a row a run and evaluation. Seeds of one world are averaged first.
+    courses: a row a run and evaluation, with cell, world, step and the measure. The world's start is the first value
+    of the cell `start` there. The line is the mean over worlds; seeds of one world are averaged first.
     """
     ax = ax or plt.gca()
     known = courses.dropna(subset=[measure]) if measure in courses else courses.iloc[:0]
-    for cell, colour in colours.items():
+    starts = known[known["cell"] == start].groupby("world")[measure].first() if len(known) else {}
+    drawn = [cell for cell in colours if len(starts) and (known["cell"] == cell).any()]
+    for cell in drawn:
         of = known[known["cell"] == cell]
-        if len(of):
-            table = of.pivot_table(index="step", columns="world", values=measure)  # [steps, worlds]
-            ax.plot(table.index, table.mean(axis=1), color=colour, linewidth=2, label=cell)
-            ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colour, alpha=0.07, linewidth=0)
-    ax.set(xlabel="step", ylabel=axis_label(measure))
-    return ax if len(known) else _nothing_to_show(ax)
+        above = 100 * (of[measure] - of["world"].map(starts))
+        table = of.assign(above=above).pivot_table(index="step", columns="world", values="above")  # [steps, worlds]
+        mean, error = table.mean(axis=1), table.sem(axis=1)
+        ax.plot(mean, color=colours[cell], linewidth=2, label=cell)
+        ax.fill_between(mean.index, mean - error, mean + error, color=colours[cell], alpha=0.1, linewidth=0)
+    ax.set(xlabel="step", ylabel=axis_label(measure, "points above the start: "))
+    return ax if drawn else _nothing_to_show(ax)
+
+
+# theory: a condition over the steps of many runs
+
+VERDICTS = {"holds": COLOURS["positive"], "fails": COLOURS["negative"], "not resolved": "0.6"}
+
+
+def verdict_dots(rows: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
+    """`theory.conditions` of one condition: a dot a run and step, coloured by its verdict; line: mean over worlds.
+
+    The axis is linear within the middle half of the values and logarithmic outside.
+    """
+    ax = ax or plt.gca()
+    shift = rows.groupby(["world", "seed"]).ngroup() - 4.5
+    for name, colour in VERDICTS.items():
+        at = rows["verdict"] == name
+        place = rows.loc[at, "step"] + 0.9 * shift[at]
+        ax.errorbar(place, rows.loc[at, "value"], 1.96 * rows.loc[at, "standard_error"], fmt="o", color=colour,
+                    markersize=3, linewidth=0.8, label=name)  # fmt: skip
+    ax.plot(rows.groupby(["step", "world"])["value"].mean().groupby("step").mean(), color="#333333", linewidth=1.5)
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    ax.set_yscale("symlog", linthresh=max(rows["value"].abs().median(), 1e-6))
+    ax.set(xlabel="step", xticks=sorted(rows["step"].unique()))
+    return ax

@@ -358,7 +358,8 @@ def summary(cells: pd.DataFrame, study: Study) -> pd.DataFrame:
 def as_text(summary: pd.DataFrame) -> str:
     """The summary's main columns, a block a measure and setting."""
     blocks = []
-    for (measure, setting), of in summary.fillna({"setting": ""}).groupby(["measure", "setting"], sort=False):
+    summary = summary.assign(setting=summary["setting"].astype(object).fillna(""))  # as it comes from a file
+    for (measure, setting), of in summary.groupby(["measure", "setting"], sort=False):
         shown = of.set_index("cell")[
             ["worlds", "runs", "mean", "sd", "change", "difference", "low", "high", "resolved"]
         ]
@@ -385,6 +386,6 @@ def read_tables(folder: str | Path) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
         tables = [pd.read_csv(place / name) for name in ("summary.csv", "courses.csv")]
     except (OSError, pd.errors.EmptyDataError):
         raise ConfigError(
-            f"results: no study's tables in {str(folder)!r}; `make tables` makes them in {str(runs_dir() / 'studies')!r}"
+            f"results: no tables of a study in {str(folder)!r}; `make tables` writes them to {runs_dir() / 'studies'}"
         ) from None
     return read_study(place / "study.yaml"), *tables

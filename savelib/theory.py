@@ -189,7 +189,7 @@ def pair_terms(drawn: Drawn) -> tuple[dict[str, Tensor], Tensor]:
     return {"risk": softplus(-margins) * there, "misranked": wrong * there}, there
 
 
-def measure(t: Trainer, scale: tuple[float, float], prompts: int = 96, responses: int = 64) -> pd.DataFrame:
+def measure(t: Trainer, scale: tuple[float, float], prompts: int = 192, responses: int = 48) -> pd.DataFrame:
     """Lemma 1's terms for the trainer's policy and reward model: columns quantity, along, value, standard_error.
 
     The direction is estimated on training prompts, the derivatives on as many held-out prompts with samples of their
@@ -291,7 +291,7 @@ def lemma1(
             if step in at:
                 seed_everything("theory", seed, step)
                 if step == 0:
-                    first = draw(t, _spaced(t.prompts, 96), 64)
+                    first = draw(t, _spaced(t.prompts, 192), 48)
                     scale = gold_scale(first.rewards, first.gold)
                 place = {"rule": rule, "world": world, "seed": seed, "step": step}
                 table.append(pd.DataFrame([place]).merge(measure(t, scale), how="cross"))

@@ -15,7 +15,19 @@ from scipy import stats
 from savelib.cli import _values
 from savelib.config import ConfigError, make_config
 from savelib.runlog import read_metrics
-from savelib.study import MEASURED, _as_text, courses, jobs_of, read_seeds, read_study, run_study, summary, tidy
+from savelib.study import (
+    MEASURED,
+    _as_text,
+    courses,
+    jobs_of,
+    read_seeds,
+    read_study,
+    read_tables,
+    run_study,
+    summary,
+    tidy,
+    write_tables,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "data" / "studies").glob("table*.yaml"))
@@ -212,6 +224,10 @@ def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
     done = [job for job in jobs.values() if job.done]
     assert len(tidy(done)) == 8
 
+    found, table, course = read_tables(folder)
+    assert found == read_study(path) and set(table["cell"]) == {"A", "again"}
+    assert course["eval/gold"].tolist() == pytest.approx(courses(done)["eval/gold"].tolist(), rel=1e-4)
+
     course = courses(done).query("cell == 'A'")
     metrics = read_metrics(jobs["A"].folder)
     assert course["step"].tolist() == [0, 1, 2] and set(course) >= {*MEASURED, "eval/gold"}
@@ -236,3 +252,11 @@ def test_quick_tables_by_the_command_line(tmp_path):
     manifests = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("study-*/manifest.json")]
     assert len(manifests) == 3 and all(m["status"] == "done" for m in manifests)
     assert len(list((tmp_path / "runs").glob("study-*/03_save_train.ipynb"))) == 3, "each executed notebook is kept"
+
+
+def test_tables_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no tables of a study in 'nowhere/table1'; `make tables` writes them to"):
+        read_tables("nowhere/table1")
+    write_tables(tmp_path / "made", read_study(made(tmp_path)), [])
+    with pytest.raises(ConfigError, match="no tables of a study"):
+        read_tables(tmp_path / "made")
