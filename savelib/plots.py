@@ -433,19 +433,39 @@ VERDICTS = {"holds": COLOURS["positive"], "fails": COLOURS["negative"], "not res
 
 
 def verdict_dots(rows: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
-    """`theory.conditions` of one condition: a dot a run and step, coloured by its verdict; line: mean over worlds.
+    """`theory.conditions` of one condition: a dot a run and step, coloured by its verdict; line: the median run.
 
-    The axis is linear within the middle half of the values and logarithmic outside.
+    The axis is linear near 0 and logarithmic outside.
     """
     ax = ax or plt.gca()
-    shift = rows.groupby(["world", "seed"]).ngroup() - 4.5
+    shift = rows.groupby(["world", "seed"]).ngroup()
+    shift -= shift.mean()
     for name, colour in VERDICTS.items():
         at = rows["verdict"] == name
         place = rows.loc[at, "step"] + 0.9 * shift[at]
         ax.errorbar(place, rows.loc[at, "value"], 1.96 * rows.loc[at, "standard_error"], fmt="o", color=colour,
                     markersize=3, linewidth=0.8, label=name)  # fmt: skip
-    ax.plot(rows.groupby(["step", "world"])["value"].mean().groupby("step").mean(), color="#333333", linewidth=1.5)
+    ax.plot(rows.groupby("step")["value"].median(), color="#333333", linewidth=1.5)
     ax.axhline(0, color="0.3", linewidth=0.8)
-    ax.set_yscale("symlog", linthresh=max(rows["value"].abs().median(), 1e-6))
+    typical = max(rows["value"].abs().median(), 1e-6)
+    ax.set_yscale("symlog", linthresh=10 ** round(math.log10(typical)))
     ax.set(xlabel="step", xticks=sorted(rows["step"].unique()))
     return ax
+
+
+def over_worlds(
+    courses: pd.DataFrame, measure: str, colours: dict[str, object], ax: plt.Axes | None = None
+) -> plt.Axes:
+    """A measure as it is over the steps, a line a cell of `colours`: mean over the worlds, band: lowest to highest.
+
+    courses: a row a run and evaluation, with cell, world, step and the measure. Seeds of a world are averaged first.
+    """
+    ax = ax or plt.gca()
+    known = courses.dropna(subset=[measure]) if measure in courses else courses.iloc[:0]
+    drawn = [cell for cell in colours if (known["cell"] == cell).any()]
+    for cell in drawn:
+        table = known[known["cell"] == cell].pivot_table(index="step", columns="world", values=measure)
+        ax.plot(table.mean(axis=1), color=colours[cell], linewidth=2, label=cell)
+        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colours[cell], alpha=0.12, linewidth=0)
+    ax.set(xlabel="step", ylabel=axis_label(measure))
+    return ax if drawn else _nothing_to_show(ax)

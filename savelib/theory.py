@@ -336,12 +336,12 @@ TABLES = {"lemma1": lemma1, "remark1": remark1}
 
 
 def table(name: str, again: bool = False) -> pd.DataFrame:
-    """One of `TABLES`, from data/results; again: computed anew (a quarter of an hour)."""
+    """One of `TABLES`, from data/results; again: computed anew (half an hour)."""
     return TABLES[name]() if again else pd.read_csv(resolve(f"data/results/theory_{name}.csv"))
 
 
 def main() -> None:
-    """Compute the tables of notebook 10, theory_*.csv (a quarter of an hour)."""
+    """Compute the tables of notebook 10, theory_*.csv (half an hour)."""
     parser = argparse.ArgumentParser(prog="python -m savelib.theory", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path(resolve("data/results")), help="folder to write to")
     out = parser.parse_args().out
