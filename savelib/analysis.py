@@ -26,6 +26,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "threshold": ("threshold mu(t), eq. 14", ""),
     "reward/mean": ("mean reward R of the batch", ""),
     "reward/std_in_group": ("spread of R within a group (sd)", ""),
+    "reward/skew_in_group": ("skewness of R within a group", ""),
     "gold/success_rate": ("share of right responses in the batch (gold)", "higher"),
     "gold/pseudo_label_accuracy": ("pseudo-labels that agree with gold", "higher"),
     "filter/kept": ("share of responses kept, eq. 15", ""),
@@ -211,15 +212,16 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
 def early_signs(metrics: pd.DataFrame) -> dict[str, float]:
     """What the first third of a run's steps says without gold; ours. nan where a run has no such metric.
 
-    metrics: of one run, or its rows of a study's courses.csv. positive share: of the responses kept, those that are
-    positive; net force: A - D; drift: of the mean reward since the first evaluation; spread: sd of R within a group;
-    kept: share of responses.
+    metrics: of one run, or its rows of a study's courses.csv. skew: skewness of R within a group; positive share: of
+    the responses kept, those that are positive; net force: A - D; drift: of the mean reward since the first
+    evaluation; spread: sd of R within a group; kept: share of responses.
     Pitfall: they know the reward model's opinion alone. One that is wrong throughout looks like a good one.
     """
     third = metrics["step"].max() / 3
     early = metrics[metrics["step"].between(1, third)].reindex(columns=list(METRICS)).mean()
     start = metrics["eval/reward"].dropna()
     return {
+        "skew": early["reward/skew_in_group"],
         "positive share": early["filter/positive"] / (early["filter/positive"] + early["filter/negative"]),
         "net force": early["force/pull"] - early["force/push"],
         "drift": early["reward/mean"] - (start.iloc[0] if len(start) else float("nan")),

@@ -740,6 +740,7 @@ def describe(before: Feedback, after: Feedback, gold: Tensor, lengths: Tensor, f
     out = {
         "reward/mean": after.rewards.mean().item(),
         "reward/std_in_group": after.rewards.std(1).mean().item(),
+        "reward/skew_in_group": skewness(after.rewards),
         "response/tokens": lengths.float().mean().item(),
         "response/unfinished": (~finished).float().mean().item(),
         "policy/kept": after.kept.float().mean().item(),
@@ -764,6 +765,15 @@ def describe(before: Feedback, after: Feedback, gold: Tensor, lengths: Tensor, f
     if judged.any():
         out["gold/pseudo_label_accuracy"] = (part.positive == (gold > 0.5))[judged].float().mean().item()
     return out
+
+
+def skewness(rewards: Tensor) -> float:
+    """Skewness of the rewards [B, G] about their group's mean, all groups together; 0 where all are equal.
+
+    Below 0 where most responses of a group are alike and a few are worse: a sign, without gold, of a good policy.
+    """
+    away = rewards - rewards.mean(1, keepdim=True)
+    return (away.pow(3).mean() / away.square().mean().pow(1.5).clamp(min=1e-12)).item()
 
 
 def sample_rows(rollout: Rollout, feedback: Feedback, gold: Tensor, step: int, groups: int = 2) -> list[dict]:
