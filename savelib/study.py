@@ -37,9 +37,9 @@ from savelib.runlog import read_manifest, read_metrics
 
 NOTEBOOKS = project_root() / "notebooks"
 MEASURED = (  # what a run's course says of it: these metrics, each the mean since the evaluation before
-    "reward/mean", "reward/std_in_group", "reward/skew_in_group", "force/pull", "force/push", "filter/kept", "filter/positive",
-    "filter/negative", "filter/valid_prompts", "value/error", "gold/success_rate", "gold/pseudo_label_accuracy",
-    "response/tokens", "response/unfinished", "policy/kl",
+    "reward/mean", "reward/std_in_group", "reward/skew_in_group", "force/pull", "force/push", "filter/kept",
+    "filter/positive", "filter/negative", "filter/valid_prompts", "value/error", "gold/success_rate",
+    "gold/pseudo_label_accuracy", "response/tokens", "response/unfinished", "policy/kl",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 from tiny_models import centre_rewards, paper_run
 
 from savelib import feedback as F
@@ -17,6 +18,7 @@ from savelib.loop import (
     preference_stage,
     save_step,
     seed_everything,
+    skewness,
 )
 from savelib.models import VALUE_HEAD_FILE, load_reward_model
 from savelib.policy_loss import ALGORITHMS
@@ -44,6 +46,13 @@ def state(module):
 
 def moved(module, before):
     return {k for k, v in module.named_parameters() if not torch.equal(v, before[k])}
+
+
+def test_skewness_is_scipys_of_rewards_about_their_groups_mean():
+    rewards = torch.randn(5, 6).exp() + 10 * torch.arange(5.0)[:, None]
+    away = rewards - rewards.mean(1, keepdim=True)
+    assert skewness(rewards) == pytest.approx(stats.skew(away.flatten().numpy()), rel=1e-3)
+    assert skewness(torch.ones(2, 3)) == 0 and skewness(torch.tensor([[1.0, 1.0, 1.0, -2.0]])) < -1
 
 
 def test_one_forward_with_gradients_one_without_and_backward_only_where_there_is_contrast(world):
