@@ -146,7 +146,9 @@ def manifest(runs: Path, run_id: str) -> dict:
         ("01_value_head", "notebooks"),
         ("02_onpolicy_filtering", "."),
         ("07_audit", "."),
+        ("08_reproduce_tables", "notebooks"),
         ("09_when_does_it_work", "."),
+        ("10_theory", "notebooks"),
     ],
 )
 def test_notebook_without_training_runs(name, folder, runs):

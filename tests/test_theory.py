@@ -163,7 +163,7 @@ def test_shipped_lemma_table_is_whole_and_consistent():
     start = table[table["step"] == 0].set_index(["world", "seed", "quantity", "along"])["value"]
     save, frozen = (start[table[table["step"] == 0]["rule"].to_numpy() == rule] for rule in ("save", "frozen"))
     assert save.to_numpy() == pytest.approx(frozen[save.index].to_numpy(), nan_ok=True), "both start alike"
-    assert (start.xs("kl", level="quantity") == 0).all()
+    assert start.xs("kl", level="quantity").abs().max() < 1e-6, "the policy is the reference"
     assert set(conditions(table)["condition"]) == set(CONDITIONS)
     assert len(conditions(table, refit=True)) == len(CONDITIONS) * len(places)
 
