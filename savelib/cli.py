@@ -180,14 +180,16 @@ def study(
 
     failed: dict[str, str] = {}
     try:
-        values = ({"profile": profile} if profile else {}) | ({"total_steps": 3} if quick else {}) | _values(set_)
-        numbers = read_seeds(seeds)[: 1 if quick else None]
+        values = ({"profile": profile} if profile else {}) | _values(set_)
+        numbers = read_seeds(seeds)
         for file in files:
             read_study(file)  # a bad one should cost no time
         for file in files:
-            folder, errors = run_study(file, numbers, jobs, benchmarks, data_dir, plain, **values)
+            folder, errors = run_study(file, numbers, jobs, benchmarks, data_dir, plain, quick, **values)
             failed |= errors
-            print(f"\n{as_text(pd.read_csv(folder / 'summary.csv'))}\n\ntables in {folder}\n")
+            if (folder / "summary.csv").stat().st_size > 1:  # else no run was done
+                print(f"\n{as_text(pd.read_csv(folder / 'summary.csv'))}")
+            print(f"\ntables in {folder}\n")
     except ConfigError as error:
         fail(error)
     for run, error in failed.items():
