@@ -67,6 +67,7 @@ BOOKKEEPING = (  # what changes no number, or only its last digits
     "backend", "gradient_checkpointing", "micro_batch_groups", "micro_batch_responses", "rollout_rows",
 )  # fmt: skip
 DRIFT = 1.0  # how far the mean reward may move before it is worth a warning
+WEAK_PUSH = -0.37  # A - D of a run's first third: above it SAVE may harm; from development runs, notebook 09 (b)
 
 
 def axis_label(column: str, prefix: str = "") -> str:
@@ -190,6 +191,12 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
         first, last = _first(metrics["reward/mean"].dropna()), _last(metrics["reward/mean"].dropna())
         if abs(last - first) > DRIFT:
             said.append(f"drift: the mean reward went from {first:.2f} to {last:.2f}; it measures nothing across steps")
+    net = early_signs(metrics)["net force"]
+    if net > WEAK_PUSH:
+        said.append(
+            f"net force: A - D is {net:.2f} over the first third, above {WEAK_PUSH}: few responses are pushed down hard, "
+            "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs"
+        )
     if _has(metrics, "force/push") and _has(metrics, "gold/success_rate"):
         bad = (metrics["force/push"] > metrics["force/pull"]) & (metrics["gold/success_rate"] > 0.5)
         if bad.mean() > 0.1:  # a batch or two above one half are chance
@@ -219,7 +226,7 @@ def early_signs(metrics: pd.DataFrame) -> dict[str, float]:
     """
     third = metrics["step"].max() / 3
     early = metrics[metrics["step"].between(1, third)].reindex(columns=list(METRICS)).mean()
-    start = metrics["eval/reward"].dropna()
+    start = metrics.get("eval/reward", pd.Series(dtype=float)).dropna()
     return {
         "skew": early["reward/skew_in_group"],
         "positive share": early["filter/positive"] / (early["filter/positive"] + early["filter/negative"]),
