@@ -194,7 +194,7 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
     net = early_signs(metrics)["net force"]
     if net > WEAK_PUSH:
         said.append(
-            f"net force: A - D is {net:.2f} over the first third, above {WEAK_PUSH}: few responses are pushed down hard, "
+            f"net force: A - D is {net:.2f} over the first third, above {WEAK_PUSH}: few responses are pushed down, "
             "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs"
         )
     if _has(metrics, "force/push") and _has(metrics, "gold/success_rate"):
