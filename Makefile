@@ -35,7 +35,7 @@ bench: .venv/.installed ## time a step of TRL's GRPO, our GRPO and SAVE: ARGS="-
 	$(VENV) -m savelib bench $(ARGS)
 
 tables: .venv/.installed ## fill tables 1 to 6: ARGS="--seeds 0-9 --jobs 2", ARGS=--quick, ARGS="--profile paper"
-	$(VENV) -m savelib study data/studies/*.yaml $(ARGS)
+	$(VENV) -m savelib study data/studies/table*.yaml $(ARGS)
 
 lab: .venv/.installed ## open JupyterLab in notebooks/
 	$(VENV) -m jupyterlab --notebook-dir=notebooks
