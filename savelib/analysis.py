@@ -41,6 +41,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "rm/loss": ("loss of the reward model (L_R of eq. 20, or the rule's)", ""),
     "rm/grad_norm": ("gradient norm of the reward model", ""),
     "rm/groups": ("groups with a loss", ""),
+    "rm/mirrored": ("1 in steps that push up instead of down (save_either_way)", ""),
     "rm/pairs": ("preference pairs with a loss", ""),
     "process/loss": ("loss of PRIME's process reward model", "lower"),
     "process/accuracy": ("responses that PRIME's process reward model puts on the outcome's side", "higher"),
@@ -244,7 +245,6 @@ def signs_and_outcomes(courses: pd.DataFrame) -> pd.DataFrame:
     wrong ones, any more) is nan.
     """
     rows = {}
-    courses = courses.assign(setting=courses["setting"].astype(object).fillna(""))  # a study without a grid has none
     for name, run in courses.groupby(["cell", "setting", "world", "seed"]):
         ends = run.sort_values("step").iloc[[0, -1]]
         rows[name] = early_signs(run) | {m: float(ends[m].iloc[1] - ends[m].iloc[0]) for m in BEFORE_AFTER}

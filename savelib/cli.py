@@ -174,9 +174,7 @@ def study(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, three steps: whether everything runs")] = False,
 ) -> None:
     """Run the cells of tables that are missing, by notebooks 03 and 05, and write their tables."""
-    import pandas as pd
-
-    from savelib.study import as_text, read_seeds, read_study, run_study
+    from savelib.study import as_text, read_seeds, read_study, read_tables, run_study
 
     failed: dict[str, str] = {}
     try:
@@ -188,7 +186,7 @@ def study(
             folder, errors = run_study(file, numbers, jobs, benchmarks, data_dir, plain, quick, **values)
             failed |= errors
             if (folder / "summary.csv").stat().st_size > 1:  # else no run was done
-                print(f"\n{as_text(pd.read_csv(folder / 'summary.csv'))}")
+                print(f"\n{as_text(read_tables(folder)[1])}")
             print(f"\ntables in {folder}\n")
     except ConfigError as error:
         fail(error)

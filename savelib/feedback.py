@@ -98,6 +98,16 @@ def save_loss(rewards: Tensor, values: Tensor, partition: Partition) -> Tensor:
     return (positive_term + negative_term).sum() / partition.valid.sum().clamp(min=1)
 
 
+def mirrored_save_loss(rewards: Tensor, values: Tensor, partition: Partition) -> Tensor:
+    """Ours, not the paper's: `save_loss` with the signs of R and V turned and the sides exchanged.
+
+    rewards [B, G], values [B] (under stop-gradient) -> scalar. It pulls the negatives together and below V, and pushes
+    the positives up for as long as they are kept, so that the group as a whole is pushed up where eq. 20 pushes down.
+    """
+    exchanged = Partition(partition.negative, partition.positive, partition.valid)
+    return save_loss(-rewards, -values, exchanged)
+
+
 def value_loss(values: Tensor, rewards: Tensor) -> Tensor:
     """Eq. 21: L_V, the mean over all prompts of (V - mean of all G rewards)^2.
 
@@ -159,6 +169,16 @@ def net_forces(rewards: Tensor, values: Tensor, partition: Partition) -> tuple[T
     pull = (-_log1p_sum_exp(scores, partition.positive)).exp()
     push = -(-_log1p_sum_exp(scores, partition.negative)).expm1()
     return pull.masked_fill(~partition.valid, 0.0), push.masked_fill(~partition.valid, 0.0)
+
+
+def skewness(rewards: Tensor) -> Tensor:
+    """Skewness of the rewards [..., B, G] about their group's mean, all groups together, [...]; 0 where all are equal.
+
+    Below 0 where most responses of a group are alike and a few are worse: a sign, without gold, of a good policy.
+    """
+    away = rewards - rewards.mean(-1, keepdim=True)
+    cubes, squares = (away.pow(power).mean((-2, -1)) for power in (3, 2))
+    return cubes / squares.pow(1.5).clamp(min=1e-12)
 
 
 def spread_loss(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:

@@ -34,6 +34,7 @@ from savelib.feedback import (
     net_forces,
     partition,
     rm_advantages,
+    skewness,
     value_loss,
 )
 from savelib.models import (
@@ -59,7 +60,7 @@ from savelib.policy_loss import (
     reinforce_pp_advantages,
 )
 from savelib.rollout import Rollout, completion_logprobs, sample
-from savelib.rules import RULES, Extra, PairLabels, as_labelled
+from savelib.rules import MOSTLY_RIGHT, RULES, Extra, PairLabels, as_labelled, running_skewness
 from savelib.smollm2 import smollm2_path
 
 T = TypeVar("T")
@@ -390,6 +391,7 @@ class Trainer:
 
     def __init__(self, config: Config, checkpoint: Path | None = None):
         self.config, self.rule = config, RULES[config.rule]
+        self.skew: float | None = None  # running mean of the steps' reward/skew_in_group, part of a checkpoint
         self.device = pick_device(config.device, config.threads)
         # data first: a bad row should not cost the time of stages 1 and 2
         self.prompts, self.heldout_prompts = main_first(train_and_heldout_prompts, config)
@@ -464,6 +466,15 @@ class Trainer:
             return 0.5
         return curriculum_threshold(1 if c.curriculum == "fixed" else step, c.total_steps, c.initial_margin)
 
+    @property
+    def mostly_right(self) -> bool:
+        """Whether the rewards of the steps before say, without gold, that most responses are right; ours."""
+        return self.skew is not None and self.skew < MOSTLY_RIGHT
+
+    def remember(self, skew: float) -> None:
+        """Take a step's skewness into the running mean."""
+        self.skew = running_skewness(self.skew, skew)
+
     def scores(self, groups: list[Encoded], rollout: Rollout, rows: slice, step: int) -> GroupScores:
         """One forward over the groups `rows` of the batch: R, as the rule has it, and what V reads."""
         if self.rule.score is None:
@@ -520,6 +531,7 @@ def save_step(t: Trainer, step: int) -> tuple[dict[str, float], list[dict]]:
     whole = [gathered(x) for x in (gold, rollout.completion_lengths, rollout.finished)]  # [B, G] each
     metrics |= describe(_whole(before or after), _whole(after), *whole) | seconds
     metrics["time/tokens_per_second"] = int(whole[1].sum()) / (clock[-1] - clock[0])
+    t.remember(metrics["reward/skew_in_group"])
     return metrics, samples
 
 
@@ -541,6 +553,8 @@ def improve_reward_model(
         return None, metrics
     if rule.loss is None:
         return None, {}
+    mirrored = rule.otherwise is not None and t.mostly_right
+    loss_of = rule.otherwise if mirrored else rule.loss
     filtered: list[Feedback] = []  # by micro-batch, from the first pass
     for i in range(c.rm_steps):
         total, count = 0.0, 0
@@ -553,7 +567,7 @@ def improve_reward_model(
             part = filtered[j]
             n = int(rule.groups(part.partition, eligible).sum())
             if engine.needed(n):
-                loss = rule.loss(scores.rewards, part.anchors, part.partition, eligible) * n
+                loss = loss_of(scores.rewards, part.anchors, part.partition, eligible) * n
                 engine.backward(loss)
                 total, count = total + loss.item(), count + n
         total, count = summed(total, count)
@@ -562,6 +576,8 @@ def improve_reward_model(
             if rule.extra:
                 t.engines[rule.extra.name].step(divisor=count)
     metrics = {"rm/loss": total / count, "rm/grad_norm": norm} if count else {}
+    if rule.otherwise:
+        metrics["rm/mirrored"] = float(mirrored)
     return _joined(filtered), metrics | {"rm/groups": int(count)}
 
 
@@ -740,7 +756,7 @@ def describe(before: Feedback, after: Feedback, gold: Tensor, lengths: Tensor, f
     out = {
         "reward/mean": after.rewards.mean().item(),
         "reward/std_in_group": after.rewards.std(1).mean().item(),
-        "reward/skew_in_group": skewness(after.rewards),
+        "reward/skew_in_group": skewness(after.rewards).item(),
         "response/tokens": lengths.float().mean().item(),
         "response/unfinished": (~finished).float().mean().item(),
         "policy/kept": after.kept.float().mean().item(),
@@ -765,15 +781,6 @@ def describe(before: Feedback, after: Feedback, gold: Tensor, lengths: Tensor, f
     if judged.any():
         out["gold/pseudo_label_accuracy"] = (part.positive == (gold > 0.5))[judged].float().mean().item()
     return out
-
-
-def skewness(rewards: Tensor) -> float:
-    """Skewness of the rewards [B, G] about their group's mean, all groups together; 0 where all are equal.
-
-    Below 0 where most responses of a group are alike and a few are worse: a sign, without gold, of a good policy.
-    """
-    away = rewards - rewards.mean(1, keepdim=True)
-    return (away.pow(3).mean() / away.square().mean().pow(1.5).clamp(min=1e-12)).item()
 
 
 def sample_rows(rollout: Rollout, feedback: Feedback, gold: Tensor, step: int, groups: int = 2) -> list[dict]:

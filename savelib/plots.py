@@ -17,8 +17,9 @@ from savelib.analysis import axis_label
 from savelib.feedback import Partition, bradley_terry_loss, curriculum_threshold, net_forces
 
 COLOURS = {
-    "save": "#1b6ca8", "save_zero_net_force": "#12908e", "spread": "#7a5195", "mean_reward": "#d1495b",
-    "hl_bt": "#edae49", "offline_bt": "#8d6a9f", "ser": "#a05c3b", "r2m": "#5b8e3e", "frozen": "#6c757d",
+    "save": "#1b6ca8", "save_either_way": "#e0592a", "save_zero_net_force": "#12908e", "spread": "#7a5195",
+    "mean_reward": "#d1495b", "hl_bt": "#edae49", "offline_bt": "#8d6a9f", "ser": "#a05c3b", "r2m": "#5b8e3e",
+    "frozen": "#6c757d",
     "positive": "#2a9d4a", "negative": "#c8553d", "left out": "#b8b8b8",
 }  # fmt: skip
 PAPER = {"color": "0.55", "linestyle": "--", "linewidth": 1}  # how the paper's value is drawn

@@ -27,11 +27,12 @@ from savelib.feedback import (
     partition,
     rm_advantages,
     save_loss,
+    skewness,
     spread_loss,
     zero_net_force,
 )
 from savelib.paths import resolve
-from savelib.rules import RULES, GroupLoss, Rule
+from savelib.rules import MOSTLY_RIGHT, RULES, GroupLoss, Rule, running_skewness
 
 DIMENSION = 64
 MEASURED = ("accuracy", "spread", "mean_reward", "pull", "push", "kept")  # of each step
@@ -148,11 +149,12 @@ def pair_gradient(heads: Tensor, pairs: Tensor) -> Tensor:
 
 
 def head_gradient(
-    rule: Rule, heads: Tensor, z: Tensor, mean: Tensor, threshold: float
+    rule: Rule, heads: Tensor, z: Tensor, mean: Tensor, threshold: float, mostly_right: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient [W, D] of a rule's loss, each world's own, and what its batch showed, [W] each.
 
-    heads [W, D], z [W, B, G, D], mean [W, B, D] (the prompts' expected features, so that V is exact).
+    heads [W, D], z [W, B, G, D], mean [W, B, D] (the prompts' expected features, so that V is exact), mostly_right [W]
+    bool: where the rule's other loss holds, if it has one.
     """
     worlds, prompts = z.shape[:2]
     rewards = torch.einsum("wbgd,wd->wbg", z, heads).flatten(0, 1).requires_grad_()  # [W * B, G]
@@ -161,13 +163,21 @@ def head_gradient(
     sides = partition(rm_advantages(rewards.detach(), anchors.detach()), threshold)
     eligible = torch.ones_like(sides.positive)
     used = rule.groups(sides, eligible)  # [W * B]
-    loss = rule.loss(rewards, anchors, sides, eligible) * used.sum()  # a sum over groups, so that worlds do not mix
-    forces = torch.autograd.grad(loss, (rewards, anchors), allow_unused=True, materialize_grads=True)
-    by_reward, by_anchor = (force.view(worlds, prompts, -1) for force in forces)
+
+    def forces(loss_of: GroupLoss) -> list[Tensor]:  # by reward [W, B, G] and by anchor [W, B, 1]
+        loss = loss_of(rewards, anchors, sides, eligible) * used.sum()  # a sum over groups: worlds do not mix
+        both = torch.autograd.grad(loss, (rewards, anchors), allow_unused=True, materialize_grads=True)
+        return [force.view(worlds, prompts, -1) for force in both]
+
+    by_reward, by_anchor = forces(rule.loss)
+    if rule.otherwise and mostly_right is not None:
+        pairs = zip(forces(rule.otherwise), (by_reward, by_anchor), strict=True)
+        by_reward, by_anchor = (torch.where(mostly_right[:, None, None], a, b) for a, b in pairs)
     gradient = torch.einsum("wbg,wbgd->wd", by_reward, z) + (by_anchor * mean).sum(1)
     pull, push = net_forces(rewards, anchors, sides)
     seen = {"mean_reward": rewards.detach(), "pull": pull, "push": push, "kept": sides.kept.float()}
     seen = {name: values.reshape(worlds, -1).mean(1) for name, values in seen.items()}
+    seen["skew"] = skewness(rewards.detach().view(worlds, prompts, -1))
     return gradient / used.view(worlds, prompts).sum(1, keepdim=True).clamp(min=1), seen
 
 
@@ -184,13 +194,16 @@ def trajectory(form: str | Rule, settings: Sequence[Setting], seeds: Iterable[in
     measured = [dict.fromkeys(MEASURED, nan) | {"accuracy": worlds.accuracy(start), "spread": worlds.spread(start)}]
     moved = torch.zeros_like(start)  # heads = start + lr * moved, so that each world has its own rate
     optimizer = torch.optim.Adam([moved], lr=1.0)
+    skew = None
     heads, offline = start, worlds.each("offline_weight")[:, None] + float(bool(rule.pairs))
     for step in range(1, shape.total_steps + 1):
         gradient, seen = torch.zeros_like(heads), {}
         if rule.loss is not None:
             z, mean, _ = worlds.groups(step)
             threshold = curriculum_threshold(step, shape.total_steps, shape.initial_margin)
-            gradient, seen = head_gradient(rule, heads, z, mean, threshold)
+            mostly_right = None if skew is None else skew < MOSTLY_RIGHT
+            gradient, seen = head_gradient(rule, heads, z, mean, threshold, mostly_right)
+            skew = running_skewness(skew, seen.pop("skew"))
         if offline.any():
             some = torch.arange(step * shape.batch_size, (step + 1) * shape.batch_size) % shape.pairs
             gradient = gradient + offline * pair_gradient(heads, pairs[:, some])
@@ -242,7 +255,7 @@ def two_clusters(rewards: Tensor) -> Tensor:
 
 
 def _by(loss: GroupLoss, description: str, groups: str = "save", anchor: str | None = "value") -> Rule:
-    return Rule(description, anchor, loss, RULES[groups].groups)
+    return Rule(description, anchor, loss, groups=RULES[groups].groups)
 
 
 def _over_valid(terms: Tensor, sides: Partition) -> Tensor:
@@ -333,6 +346,7 @@ def _around_v(rewards: Tensor, anchors: Tensor, sides: Partition, eligible: Tens
 
 FORMS: dict[str, Rule] = {
     **{name: RULES[name] for name in ("save", "mean_reward", "hl_bt", "save_zero_net_force", "offline_bt")},
+    "save_either_way": RULES["save_either_way"],
     "logistic": _by(_logistic, "logistic loss around V on the kept responses"),
     "anchor_gradient": _by(_anchor_gradient, "SAVE with the gradient flowing into V"),
     "unit_forces": _by(_unit_forces, "L+ / A + L- / D: each side's forces add up to one"),

@@ -366,7 +366,6 @@ def summary(cells: pd.DataFrame, study: Study) -> pd.DataFrame:
 def as_text(summary: pd.DataFrame) -> str:
     """The summary's main columns, a block a measure and setting."""
     blocks = []
-    summary = summary.assign(setting=summary["setting"].astype(object).fillna(""))  # as it comes from a file
     for (measure, setting), of in summary.groupby(["measure", "setting"], sort=False):
         shown = of.set_index("cell")[
             ["worlds", "runs", "mean", "sd", "change", "difference", "low", "high", "resolved"]
@@ -392,6 +391,7 @@ def read_tables(folder: str | Path) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
     place = Path(resolve(str(folder)))
     try:
         tables = [pd.read_csv(place / name) for name in ("summary.csv", "courses.csv")]
+        tables = [t.assign(setting=t["setting"].astype(object).fillna("")) for t in tables]  # without a grid: empty
     except (OSError, pd.errors.EmptyDataError):
         raise ConfigError(
             f"results: no tables of a study in {str(folder)!r}; `make tables` writes them to {runs_dir() / 'studies'}"

@@ -187,7 +187,7 @@ def test_a_threshold_tells_bad_runs_from_others():
 
 def test_signs_and_outcomes_are_a_row_a_run():
     step = [0, 2, 4, 6]
-    course = {"cell": "A", "setting": math.nan, "world": 1, "step": step, "eval/gold": [0.4, 0.5, 0.6, 0.7]}
+    course = {"cell": "A", "setting": "", "world": 1, "step": step, "eval/gold": [0.4, 0.5, 0.6, 0.7]}
     course |= {"eval/rm_accuracy": 0.8, "eval/rm_accuracy_current": [0.8, 0.7, 0.6, math.nan], "eval/reward": 0.1}
     course |= {"filter/positive": [math.nan, 0.3, 1.0, 1.0], "filter/negative": [math.nan, 0.1, 1.0, 1.0]}
     runs = pd.concat([pd.DataFrame(course | {"seed": seed}) for seed in (3, 4)])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from savelib.feedback import (
     Partition,
@@ -12,10 +13,12 @@ from savelib.feedback import (
     contrastive_terms,
     curriculum_threshold,
     hl_bt_loss,
+    mirrored_save_loss,
     net_forces,
     partition,
     rm_advantages,
     save_loss,
+    skewness,
     value_loss,
     zero_net_force,
 )
@@ -311,6 +314,33 @@ def test_zero_net_force_keeps_the_values_and_centres_the_gradient():
     assert not centred[:, 0].any() and centred[parts.valid].any()
 
 
+def test_skewness_is_scipys_of_rewards_about_their_groups_mean():
+    rewards = torch.randn(3, 5, 6).exp() + 10 * torch.arange(15.0).view(3, 5, 1)
+    away = rewards - rewards.mean(2, keepdim=True)
+    expected = stats.skew(away.flatten(1).numpy(), axis=1)
+    assert skewness(rewards).tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    assert skewness(torch.ones(2, 3)) == 0 and skewness(torch.tensor([[1.0, 1.0, 1.0, -2.0]])) < -1
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.75])
+def test_mirrored_save_loss_is_equations_18_to_20_with_signs_and_sides_exchanged(threshold):
+    rewards, values = random_batch()
+    parts = partition(rm_advantages(rewards, values), threshold)
+    terms = []
+    for b, (positive, negative) in enumerate(naive_partition(rewards, values, threshold)):
+        if positive and negative:
+            row, value = [-r for r in rewards[b].tolist()], -values[b].item()
+            terms.append(sum(naive_terms(row, value, negative, positive)))
+    loss = mirrored_save_loss(rewards, values, parts)
+    assert terms and loss.item() == pytest.approx(sum(terms) / len(terms), abs=1e-12)
+    (down,) = torch.autograd.grad(save_loss(rewards, values, parts), rewards)
+    (up,) = torch.autograd.grad(loss, rewards)
+    below = partition(rm_advantages(-rewards, -values), threshold)  # the mirror image of the world, the paper's loss
+    (image,) = torch.autograd.grad(save_loss(-rewards, -values, below), rewards)
+    torch.testing.assert_close(up, image)
+    assert down.sum() > 0 > up.sum(), "gradient descent lowers the group's rewards, or raises them"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtypes_are_kept(dtype):
     rewards, values = (x.detach().to(dtype) for x in random_batch())
@@ -321,6 +351,7 @@ def test_dtypes_are_kept(dtype):
         value_loss(values, rewards),
         hl_bt_loss(rewards),
         zero_net_force(rewards),
+        mirrored_save_loss(rewards, values, parts),
         *net_forces(rewards, values, parts),
     ]
     assert {result.dtype for result in results} == {dtype}

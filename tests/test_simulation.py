@@ -105,6 +105,20 @@ def test_paper_form_helps_where_most_is_wrong_and_harms_where_most_is_right():
     assert changes[0] > 10 and changes[1] > 3 and changes[2] < -15
 
 
+def test_either_way_pushes_up_where_most_looks_right(monkeypatch):
+    monkeypatch.setattr(simulation, "MOSTLY_RIGHT", 0.0)  # weak heads show little of it
+    settings = [Setting(success=p) for p in (0.1, 0.8)]
+    paper, ours = (over_seeds(simulate(form, settings, range(6)))["change"] for form in ("save", "save_either_way"))
+    assert ours[0] > 5 and ours[1] > 5 > -10 > paper[1]
+    _, heads, z, mean, _ = batch([Setting(success=0.8)])
+    first = torch.arange(len(heads)) == 0  # the first world alone is mirrored
+    gradient, _ = head_gradient(RULES["save_either_way"], heads, z, mean, 0.6, first)
+    plain, _ = head_gradient(RULES["save"], heads, z, mean, 0.6)
+    image, _ = head_gradient(RULES["save"], heads, -z, -mean, 0.6)  # -w . z is the image's reward
+    torch.testing.assert_close(gradient[1:], plain[1:])
+    torch.testing.assert_close(gradient[0], image[0])
+
+
 def test_spread_loss_is_its_formula_and_leaves_out_who_is_not_eligible():
     rewards = torch.tensor([[1.0, 2.0, 6.0, 50.0], [0.0, 9.0, 9.0, 9.0]], dtype=torch.float64, requires_grad=True)
     eligible = torch.tensor([[True, True, True, False], [True, False, False, False]])

@@ -237,7 +237,7 @@ def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
     assert len(tidy(done)) == 8
 
     found, table, course = read_tables(folder)
-    assert found == read_study(path) and set(table["cell"]) == {"A", "again"}
+    assert found == read_study(path) and set(table["cell"]) == {"A", "again"} and set(table["setting"]) == {""}
     assert course["eval/gold"].tolist() == pytest.approx(courses(done)["eval/gold"].tolist(), rel=1e-4)
 
     course = courses(done).query("cell == 'A'")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from savelib.feedback import Partition, hl_bt_loss, save_loss, spread_loss, zero_net_force
+from savelib.feedback import Partition, hl_bt_loss, mirrored_save_loss, save_loss, spread_loss, zero_net_force
 from savelib.rules import r2m
 from savelib.rules.ser import self_labelled
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from savelib.models import Encoded
     from savelib.rollout import Rollout
 
+SKEW_MEMORY = 0.9  # of the running skewness, from a step to the next
+MOSTLY_RIGHT = -0.1  # running skewness below which most responses look right; from development runs
+
+T = TypeVar("T", float, Tensor)
 GroupLoss = Callable[[Tensor, Tensor | None, Partition, Tensor], Tensor]
 PairLabels = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 GroupScoring = Callable[["Trainer", "list[Encoded]", "Rollout", slice, int], Tensor]
@@ -45,6 +49,7 @@ class Rule:
     anchor: what responses are measured against: V(x) of the value head, the group's mean reward, or nothing (then
         nothing is filtered, and no value head is trained).
     loss: (rewards [B,G], anchors [B] or None, partition, eligible [B,G]) -> mean over the groups that `groups` names.
+    otherwise: the loss in its place while most responses look right (`Trainer.mostly_right`); None: there is no other.
     groups: (partition, eligible [B,G]) -> bool [B], the groups that have a loss; the others get no backward.
     pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
         rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
@@ -56,11 +61,17 @@ class Rule:
     description: str
     anchor: Literal["value", "group_mean"] | None = None
     loss: GroupLoss | None = None
+    otherwise: GroupLoss | None = None
     groups: Callable[[Partition, Tensor], Tensor] | None = None
     pairs: PairLabels | None = None
     extra: Extra | None = None
     score: GroupScoring | None = None
     backbone: bool = True
+
+
+def running_skewness(before: T | None, now: T) -> T:
+    """The running mean of the steps' skewness; before: None at the first step."""
+    return now if before is None else SKEW_MEMORY * before + (1 - SKEW_MEMORY) * now
 
 
 def as_labelled(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +91,10 @@ def _save(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tens
     return save_loss(rewards, anchors, partition)
 
 
+def _save_mirrored(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return mirrored_save_loss(rewards, anchors, partition)
+
+
 def _save_zero_net_force(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
     return save_loss(zero_net_force(rewards, eligible), anchors, partition)
 
@@ -97,18 +112,27 @@ def _r2m(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor)
 
 
 RULES: dict[str, Rule] = {
-    "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, _valid),
+    "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, groups=_valid),
+    "save_either_way": Rule(
+        "ours: SAVE, or its mirror image while the skewness of the rewards says that most responses are right",
+        "value",
+        _save,
+        otherwise=_save_mirrored,
+        groups=_valid,
+    ),
     "save_zero_net_force": Rule(
-        "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, _valid
+        "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, groups=_valid
     ),
     "spread": Rule(
         "ours: widens the spread of each group's rewards; V serves the policy's filter alone",
         "value",
         _spread,
-        _two_eligible,
+        groups=_two_eligible,
     ),
-    "mean_reward": Rule("SAVE with the group's mean reward in the place of V(x)", "group_mean", _save, _valid),
-    "hl_bt": Rule("Bradley-Terry on the highest and the lowest reward of each group", None, _hl_bt, _two_eligible),
+    "mean_reward": Rule("SAVE with the group's mean reward in the place of V(x)", "group_mean", _save, groups=_valid),
+    "hl_bt": Rule(
+        "Bradley-Terry on the highest and the lowest reward of each group", loss=_hl_bt, groups=_two_eligible
+    ),
     "offline_bt": Rule("continual offline training: Bradley-Terry on the preference pairs", pairs=as_labelled),
     "ser": Rule("SER: Bradley-Terry on the preference pairs, labelled by the reward model itself", pairs=self_labelled),
     "r2m": Rule(
