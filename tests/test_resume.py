@@ -226,7 +226,7 @@ def test_the_running_skewness_is_part_of_a_checkpoint(base, monkeypatch):
         skew = 0.9 * skew + 0.1 * row["reward/skew_in_group"]
     assert json.loads((folder / MANIFEST).read_text())["skew"] == pytest.approx(skew)
     again = train(make_config(**values, run_id="again", resume=str(folder)))
-    assert [row["rm/mirrored"] for row in read_jsonl(again / "metrics.jsonl")] == [1, 1]
+    assert [row["rm/mirrored"] for row in read_jsonl(again / "metrics.jsonl")[-2:]] == [1, 1]
 
 
 @pytest.mark.parametrize("backend", [
