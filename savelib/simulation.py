@@ -369,7 +369,9 @@ FORMS: dict[str, Rule] = {
 # ---- the tables that notebook 09 draws
 
 COMPARED = ("save", "mean_reward", "hl_bt", "save_zero_net_force", "spread")
-LONG = (*COMPARED, "logistic", "fixed_filter", "gap_of_kept", "fourth_moment", "spread_around_v")  # also at T 240
+LONG = (  # also at T 240
+    *COMPARED, "save_either_way", "logistic", "fixed_filter", "gap_of_kept", "fourth_moment", "spread_around_v",
+)  # fmt: skip
 AXES = {
     "separation": (1.0, 1.5, 2.0, 3.0), "nuisance": (0.0, 1.0, 2.0, 3.0),
     "reward_scale": (0.5, 1.0, 2.0, 4.0), "label_noise": (0.0, 0.15, 0.3, 0.4),
