@@ -192,13 +192,14 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
         first, last = _first(metrics["reward/mean"].dropna()), _last(metrics["reward/mean"].dropna())
         if abs(last - first) > DRIFT:
             said.append(f"drift: the mean reward went from {first:.2f} to {last:.2f}; it measures nothing across steps")
-    net = early_signs(metrics)["net force"]
-    if net > WEAK_PUSH:
+    net, always_down = early_signs(metrics)["net force"], not _has(metrics, "rm/mirrored")
+    if net > WEAK_PUSH and always_down:
         said.append(
             f"net force: A - D is {net:.2f} over the first third, above {WEAK_PUSH}: few responses are pushed down, "
-            "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs"
+            "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs, "
+            "or try rule=save_either_way"
         )
-    if _has(metrics, "force/push") and _has(metrics, "gold/success_rate"):
+    if _has(metrics, "force/push") and _has(metrics, "gold/success_rate") and always_down:
         bad = (metrics["force/push"] > metrics["force/pull"]) & (metrics["gold/success_rate"] > 0.5)
         if bad.mean() > 0.1:  # a batch or two above one half are chance
             steps = metrics.loc[bad, "step"]
