@@ -26,6 +26,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "threshold": ("threshold mu(t), eq. 14", ""),
     "reward/mean": ("mean reward R of the batch", ""),
     "reward/std_in_group": ("spread of R within a group (sd)", ""),
+    "reward/lead": ("mean reward of the batch above the preference pairs' (save_either_way)", ""),
     "reward/skew_in_group": ("skewness of R within a group", ""),
     "gold/success_rate": ("share of right responses in the batch (gold)", "higher"),
     "gold/pseudo_label_accuracy": ("pseudo-labels that agree with gold", "higher"),

@@ -46,7 +46,7 @@ def save_checkpoint(t: Trainer, step: int, run: Path) -> Path:
             for name in LOGS:  # a checkpoint on the disk must find its lines there
                 sync(run / name)
             files = {str(f.relative_to(folder)): _sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-            made = {"step": step, "made_with": t.config.only(*SAME_FILES), "skew": t.skew, "sha256": files}
+            made = {"step": step, "made_with": t.config.only(*SAME_FILES), "lead": t.lead, "sha256": files}
             (folder / MANIFEST).write_text(json.dumps(made | {"sha256_of_this": _digest(made)}, indent=2))
             if target.exists():  # a damaged one, that was not used
                 drop(target)
@@ -168,10 +168,10 @@ def latest_checkpoint(run: Path) -> tuple[int, Path] | None:
 
 
 def load_optimizers(t: Trainer, folder: Path) -> None:
-    """Put the optimizer states (and the running skewness) of a checkpoint into a trainer with its models."""
+    """Put the optimizer states (and the running lead) of a checkpoint into a trainer with its models."""
     made = _made(folder)
     _refuse_other(folder, made, t.config)
-    t.skew = made.get("skew")  # not in checkpoints of older versions
+    t.lead = made.get("lead")  # not in checkpoints of older versions
     for name, engine in t.engines.items():
         file = folder / (_optimizer_file(name) if engine.lockstep else f"{name}_optimizer.rank0.safetensors")
         engine.load_state(load_file(file))

@@ -227,7 +227,7 @@ class Config(BaseModel):
             )
         if self.algo in BY_TOKEN and self.advantages_over == "all":
             raise ValueError(f"advantages_over=all: algo {self.algo!r} has no statistics over the rewards of a group")
-        if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs):
+        if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs or RULES[self.rule].otherwise):
             raise ValueError(
                 f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"
             )

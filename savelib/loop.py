@@ -60,7 +60,7 @@ from savelib.policy_loss import (
     reinforce_pp_advantages,
 )
 from savelib.rollout import Rollout, completion_logprobs, sample
-from savelib.rules import MOSTLY_RIGHT, RULES, Extra, PairLabels, as_labelled, running_skewness
+from savelib.rules import RULES, Extra, PairLabels, as_labelled, running_mean
 from savelib.smollm2 import smollm2_path
 
 T = TypeVar("T")
@@ -391,7 +391,7 @@ class Trainer:
 
     def __init__(self, config: Config, checkpoint: Path | None = None):
         self.config, self.rule = config, RULES[config.rule]
-        self.skew: float | None = None  # running mean of the steps' reward/skew_in_group, part of a checkpoint
+        self.lead: float | None = None  # running mean of the steps' reward/lead, part of a checkpoint
         self.device = pick_device(config.device, config.threads)
         # data first: a bad row should not cost the time of stages 1 and 2
         self.prompts, self.heldout_prompts = main_first(train_and_heldout_prompts, config)
@@ -466,15 +466,6 @@ class Trainer:
             return 0.5
         return curriculum_threshold(1 if c.curriculum == "fixed" else step, c.total_steps, c.initial_margin)
 
-    @property
-    def mostly_right(self) -> bool:
-        """Whether the rewards of the steps before say, without gold, that most responses are right; ours."""
-        return self.skew is not None and self.skew < MOSTLY_RIGHT
-
-    def remember(self, skew: float) -> None:
-        """Take a step's skewness into the running mean."""
-        self.skew = running_skewness(self.skew, skew)
-
     def scores(self, groups: list[Encoded], rollout: Rollout, rows: slice, step: int) -> GroupScores:
         """One forward over the groups `rows` of the batch: R, as the rule has it, and what V reads."""
         if self.rule.score is None:
@@ -515,7 +506,7 @@ def save_step(t: Trainer, step: int) -> tuple[dict[str, float], list[dict]]:
     before, rm_metrics = improve_reward_model(t, groups, rollout, threshold, step)
     scores = _all_scores(lambda rows: t.scores(groups, rollout, rows, step), len(groups), c)
     check_finite(scores.rewards, rollout, step)
-    value_metrics = improve_value_head(t, scores)
+    value_metrics = improve_value_head(t, scores) | measure_lead(t, scores, step)
     clock.append(time.perf_counter())
 
     # 3. Policy optimization: R, V and the filter of the updated reward model on the same responses
@@ -531,7 +522,6 @@ def save_step(t: Trainer, step: int) -> tuple[dict[str, float], list[dict]]:
     whole = [gathered(x) for x in (gold, rollout.completion_lengths, rollout.finished)]  # [B, G] each
     metrics |= describe(_whole(before or after), _whole(after), *whole) | seconds
     metrics["time/tokens_per_second"] = int(whole[1].sum()) / (clock[-1] - clock[0])
-    t.remember(metrics["reward/skew_in_group"])
     return metrics, samples
 
 
@@ -553,7 +543,7 @@ def improve_reward_model(
         return None, metrics
     if rule.loss is None:
         return None, {}
-    mirrored = rule.otherwise is not None and t.mostly_right
+    mirrored = rule.otherwise is not None and t.lead is not None and t.lead > 0
     loss_of = rule.otherwise if mirrored else rule.loss
     filtered: list[Feedback] = []  # by micro-batch, from the first pass
     for i in range(c.rm_steps):
@@ -591,6 +581,22 @@ def improve_value_head(t: Trainer, scores: GroupScores) -> dict[str, float]:
     engine.backward(loss)
     engine.step(divisor=c.batch_size)
     return {"value/loss": summed(loss.item())[0] / c.batch_size}
+
+
+def measure_lead(t: Trainer, scores: GroupScores, step: int) -> dict[str, float]:
+    """For a rule with two losses, how far the batch's mean reward is above that of a batch of preference pairs; ours.
+
+    Half of the pairs' responses are the better ones. So above 0 more than half of the batch looks right, as far as the
+    reward model can tell, and without gold. `Trainer.lead` is the running mean.
+    """
+    if not t.rule.otherwise:
+        return {}
+    rm, mine = t.reward_model, share(t.batch(t.pairs, step, t.config.batch_size))
+    pairs = score_groups(rm, [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in mine], t.config)
+    of_batch, of_pairs, processes = summed(scores.rewards.mean().item(), pairs.rewards.mean().item(), 1)
+    now = (of_batch - of_pairs) / processes  # all processes have as many
+    t.lead = running_mean(t.lead, now)
+    return {"reward/lead": now}
 
 
 def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int) -> dict[str, float]:

@@ -27,12 +27,11 @@ from savelib.feedback import (
     partition,
     rm_advantages,
     save_loss,
-    skewness,
     spread_loss,
     zero_net_force,
 )
 from savelib.paths import resolve
-from savelib.rules import MOSTLY_RIGHT, RULES, GroupLoss, Rule, running_skewness
+from savelib.rules import RULES, GroupLoss, Rule, running_mean
 
 DIMENSION = 64
 MEASURED = ("accuracy", "spread", "mean_reward", "pull", "push", "kept")  # of each step
@@ -109,8 +108,9 @@ class Worlds:
         return self.features(right) + prompts[:, :, None], mean, right
 
     def preferences(self) -> Tensor:
-        """z(chosen) - z(rejected) of the noisy pairs, [W, N, D]."""
+        """z(chosen) - z(rejected) of the noisy pairs, [W, N, D]; `middle` [W, D]: their mean, prompts left out."""
         z = self.features(torch.tensor([1.0, -1.0]).expand(len(self.quality), self.shape.pairs, 2))
+        self.middle = z.mean((1, 2))
         uniform = torch.special.ndtr(self._normal(self.shape.pairs))
         flipped = torch.where(uniform < self.each("label_noise")[:, None], -1.0, 1.0)  # [W, N]
         return (z[:, :, 0] - z[:, :, 1]) * flipped[..., None]
@@ -177,7 +177,6 @@ def head_gradient(
     pull, push = net_forces(rewards, anchors, sides)
     seen = {"mean_reward": rewards.detach(), "pull": pull, "push": push, "kept": sides.kept.float()}
     seen = {name: values.reshape(worlds, -1).mean(1) for name, values in seen.items()}
-    seen["skew"] = skewness(rewards.detach().view(worlds, prompts, -1))
     return gradient / used.view(worlds, prompts).sum(1, keepdim=True).clamp(min=1), seen
 
 
@@ -194,16 +193,15 @@ def trajectory(form: str | Rule, settings: Sequence[Setting], seeds: Iterable[in
     measured = [dict.fromkeys(MEASURED, nan) | {"accuracy": worlds.accuracy(start), "spread": worlds.spread(start)}]
     moved = torch.zeros_like(start)  # heads = start + lr * moved, so that each world has its own rate
     optimizer = torch.optim.Adam([moved], lr=1.0)
-    skew = None
+    lead = None
     heads, offline = start, worlds.each("offline_weight")[:, None] + float(bool(rule.pairs))
     for step in range(1, shape.total_steps + 1):
         gradient, seen = torch.zeros_like(heads), {}
         if rule.loss is not None:
             z, mean, _ = worlds.groups(step)
             threshold = curriculum_threshold(step, shape.total_steps, shape.initial_margin)
-            mostly_right = None if skew is None else skew < MOSTLY_RIGHT
-            gradient, seen = head_gradient(rule, heads, z, mean, threshold, mostly_right)
-            skew = running_skewness(skew, seen.pop("skew"))
+            gradient, seen = head_gradient(rule, heads, z, mean, threshold, None if lead is None else lead > 0)
+            lead = running_mean(lead, seen["mean_reward"] - (heads * worlds.middle).sum(1))
         if offline.any():
             some = torch.arange(step * shape.batch_size, (step + 1) * shape.batch_size) % shape.pairs
             gradient = gradient + offline * pair_gradient(heads, pairs[:, some])

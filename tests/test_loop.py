@@ -102,6 +102,22 @@ def test_only_what_should_move_moves(world, rule, tmp_path):
         assert 2e-8 < step < 3e-7
 
 
+def test_lead_is_the_mean_reward_above_that_of_preference_pairs(world):
+    t = trainer(world, rule="save_either_way", reward_head_lr=1e-2)
+    for step in (1, 2):
+        before, (metrics, _) = t.lead, save_step(t, step)
+        rm, pairs = t.reward_model, t.batch(t.pairs, step, 4)
+        alone = [
+            rm.score(rm.encode([(p.prompt, text)])).rewards.item() for p in pairs for text in (p.chosen, p.rejected)
+        ]
+        assert metrics["reward/lead"] == pytest.approx(metrics["reward/mean"] - sum(alone) / 8, abs=1e-4)
+        assert metrics["rm/mirrored"] == (before is not None and before > 0)
+        assert t.lead == pytest.approx(
+            metrics["reward/lead"] if step == 1 else 0.9 * before + 0.1 * metrics["reward/lead"]
+        )
+    assert "reward/lead" not in save_step(trainer(world), 1)[0]
+
+
 def test_frozen_backbone_and_frozen_policy(world):
     t = trainer(world, backbone_lr=0.0, freeze_policy=True)
     before, policy = state(t.reward_model.model), state(t.policy)
@@ -116,7 +132,7 @@ def test_reward_model_update_equals_a_plain_transcription(world, rule):
     values = world | dict(rule=rule, backbone_lr=1e-3, reward_head_lr=1e-2, curriculum="linear", initial_margin=0.1)
     t = Trainer(make_config(**values))
     copied = copy.deepcopy(t.reward_model)
-    t.remember(-1.0)  # as if the steps before had shown mostly right responses: save_either_way mirrors the loss
+    t.lead = 1.0  # as if most responses of the steps before had looked right: save_either_way mirrors the loss
     metrics, _ = save_step(t, 1)
 
     c = t.config

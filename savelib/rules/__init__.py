@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from savelib.models import Encoded
     from savelib.rollout import Rollout
 
-SKEW_MEMORY = 0.9  # of the running skewness, from a step to the next
-MOSTLY_RIGHT = -0.1  # running skewness below which most responses look right; from development runs
+MEMORY = 0.9  # of `running_mean`, from a step to the next
 
 T = TypeVar("T", float, Tensor)
 GroupLoss = Callable[[Tensor, Tensor | None, Partition, Tensor], Tensor]
@@ -49,7 +48,7 @@ class Rule:
     anchor: what responses are measured against: V(x) of the value head, the group's mean reward, or nothing (then
         nothing is filtered, and no value head is trained).
     loss: (rewards [B,G], anchors [B] or None, partition, eligible [B,G]) -> mean over the groups that `groups` names.
-    otherwise: the loss in its place while most responses look right (`Trainer.mostly_right`); None: there is no other.
+    otherwise: the loss in its place while most responses look right (`Trainer.lead`); None: there is no other.
     groups: (partition, eligible [B,G]) -> bool [B], the groups that have a loss; the others get no backward.
     pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
         rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
@@ -69,9 +68,9 @@ class Rule:
     backbone: bool = True
 
 
-def running_skewness(before: T | None, now: T) -> T:
-    """The running mean of the steps' skewness; before: None at the first step."""
-    return now if before is None else SKEW_MEMORY * before + (1 - SKEW_MEMORY) * now
+def running_mean(before: T | None, now: T) -> T:
+    """The running mean of what each step gives; before: None at the first step."""
+    return now if before is None else MEMORY * before + (1 - MEMORY) * now
 
 
 def as_labelled(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +113,7 @@ def _r2m(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor)
 RULES: dict[str, Rule] = {
     "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, groups=_valid),
     "save_either_way": Rule(
-        "ours: SAVE, or its mirror image while the skewness of the rewards says that most responses are right",
+        "ours: SAVE, or its mirror image while the responses' mean reward is above the preference pairs'",
         "value",
         _save,
         otherwise=_save_mirrored,
