@@ -24,6 +24,7 @@ RUNS = {  # what differs between processes: groups without contrast, kept respon
     "hl_bt": dict(rule="hl_bt"),
     "offline_bt": dict(rule="offline_bt"),
     "ser": dict(rule="ser"),
+    "save_either_way": dict(rule="save_either_way"),
     "r2m": dict(rule="r2m"),
     "prime": dict(rule="frozen", algo="prime"),
     "mean_reward": dict(rule="mean_reward", value_head="mlp"),
@@ -101,7 +102,7 @@ def test_two_processes_give_the_metrics_and_gradients_of_one(first_steps, name):
 @pytest.mark.parametrize("backend", ["deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3"])
 def test_deepspeed_gives_the_metrics_and_gradients_of_one_process(first_steps, backend):
     one = first_steps(1, "ddp", tuple(RUNS))
-    names = ("grpo", "sparse", "ser", "r2m")
+    names = ("grpo", "sparse", "ser", "save_either_way", "r2m")
     for name in names:
         compared(one, first_steps(2, backend, names), name)
 
