@@ -149,9 +149,8 @@ def jobs_of(study: Study, seeds: list[int], **values: Any) -> list[Job]:
             if after:
                 mine |= {"reward_model": str(runs_dir() / after / "reward_model"), "bt_epochs": 0}
             plain = make_config(**mine)
-            config = make_config(
-                **mine, **{field: factor * getattr(plain, field) for field, factor in cell.times.items()}
-            )
+            mine |= {field: factor * getattr(plain, field) for field, factor in cell.times.items()}
+            config = make_config(**mine)
             key = hashlib.sha256((code_digest() + config.model_dump_json(exclude={"run_id", "resume"})).encode())
             words = ("study", config.profile, config.rule, config.algo, f"s{seed}", key.hexdigest()[:8])
             ids[cell.name] = "-".join(words)

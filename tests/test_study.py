@@ -70,16 +70,19 @@ def test_cells_are_configurations_that_the_command_line_passes_on(path, profile)
     assert {cell.paper for cell in study.cells} > {""} or all(cell.paper for cell in study.cells)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["tuning", "warning", "claims", *(f"forms{long}_{side}" for long in ("", "_long") for side in ("low", "high"))],
-)
+TUNED = ("tuning", "tuning_either_way")
+JUDGED = ("claims", "claims_settings", "forms_low", "forms_high", "forms_long_low", "forms_long_high")
+
+
+@pytest.mark.parametrize("name", [*TUNED, "warning", *JUDGED])
 def test_studies_of_the_world_are_tuned_on_other_worlds_than_they_judge(name):
-    study = read_study(ROOT / "data" / "studies" / f"{name}.yaml")
-    worlds = {job.config.world_seed for job in jobs_of(study, [0])}
-    assert max(worlds) < 10 if name in ("tuning", "warning") else min(worlds) >= 100
-    rules = {cell.set["rule"] for cell in study.cells}
-    assert rules <= {cell.set["rule"] for cell in read_study(ROOT / "data/studies/tuning.yaml").cells} | {"frozen"}
+    def configs(study):
+        return [job.config for job in jobs_of(read_study(ROOT / "data" / "studies" / f"{study}.yaml"), [0])]
+
+    worlds = {config.world_seed for config in configs(name)}
+    assert min(worlds) >= 100 if name in JUDGED else max(worlds) < 10
+    tuned = {config.rule for study in TUNED for config in configs(study)}
+    assert {config.rule for config in configs(name)} <= tuned | {"frozen"}
 
 
 def test_the_papers_tables_4_to_6_are_its_own_values_in_its_profile():
