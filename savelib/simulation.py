@@ -253,7 +253,7 @@ def two_clusters(rewards: Tensor) -> Tensor:
 
 
 def _by(loss: GroupLoss, description: str, groups: str = "save", anchor: str | None = "value") -> Rule:
-    return Rule(description, anchor, loss, groups=RULES[groups].groups)
+    return Rule(description, anchor, loss, RULES[groups].groups)
 
 
 def _over_valid(terms: Tensor, sides: Partition) -> Tensor:

@@ -48,8 +48,8 @@ class Rule:
     anchor: what responses are measured against: V(x) of the value head, the group's mean reward, or nothing (then
         nothing is filtered, and no value head is trained).
     loss: (rewards [B,G], anchors [B] or None, partition, eligible [B,G]) -> mean over the groups that `groups` names.
-    otherwise: the loss in its place while most responses look right (`Trainer.lead`); None: there is no other.
     groups: (partition, eligible [B,G]) -> bool [B], the groups that have a loss; the others get no backward.
+    otherwise: the loss in its place while most responses look right (`Trainer.lead`); None: there is no other.
     pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
         rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
     extra: a module that is trained on the same loss, with `score`: (trainer, groups, rollout, the groups' rows, step)
@@ -60,8 +60,8 @@ class Rule:
     description: str
     anchor: Literal["value", "group_mean"] | None = None
     loss: GroupLoss | None = None
-    otherwise: GroupLoss | None = None
     groups: Callable[[Partition, Tensor], Tensor] | None = None
+    otherwise: GroupLoss | None = None
     pairs: PairLabels | None = None
     extra: Extra | None = None
     score: GroupScoring | None = None
@@ -111,27 +111,25 @@ def _r2m(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor)
 
 
 RULES: dict[str, Rule] = {
-    "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, groups=_valid),
+    "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, _valid),
     "save_either_way": Rule(
         "ours: SAVE, or its mirror image while the responses' mean reward is above the preference pairs'",
         "value",
         _save,
+        _valid,
         otherwise=_save_mirrored,
-        groups=_valid,
     ),
     "save_zero_net_force": Rule(
-        "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, groups=_valid
+        "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, _valid
     ),
     "spread": Rule(
         "ours: widens the spread of each group's rewards; V serves the policy's filter alone",
         "value",
         _spread,
-        groups=_two_eligible,
+        _two_eligible,
     ),
-    "mean_reward": Rule("SAVE with the group's mean reward in the place of V(x)", "group_mean", _save, groups=_valid),
-    "hl_bt": Rule(
-        "Bradley-Terry on the highest and the lowest reward of each group", loss=_hl_bt, groups=_two_eligible
-    ),
+    "mean_reward": Rule("SAVE with the group's mean reward in the place of V(x)", "group_mean", _save, _valid),
+    "hl_bt": Rule("Bradley-Terry on the highest and the lowest reward of each group", None, _hl_bt, _two_eligible),
     "offline_bt": Rule("continual offline training: Bradley-Terry on the preference pairs", pairs=as_labelled),
     "ser": Rule("SER: Bradley-Terry on the preference pairs, labelled by the reward model itself", pairs=self_labelled),
     "r2m": Rule(
