@@ -184,7 +184,7 @@ def bradley_terry_step(
     Returns rm/pairs, how many they are, and, if there are any, rm/loss.
     """
     mine = pairs[rank() :: world_size()]
-    encoded = [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in mine]
+    encoded = encode_pairs(rm, mine)
     size = max(1, config.micro_batch_groups * config.group_size // 2)
     total, count = 0.0, 0
     for i in range(0, len(mine), size):
@@ -322,6 +322,11 @@ def encode_groups(rm: RewardModel, rollout: Rollout) -> list[Encoded]:
     return [
         rm.encode([(p.messages, t) for t in texts]) for p, texts in zip(rollout.prompts, rollout.texts, strict=True)
     ]
+
+
+def encode_pairs(rm: RewardModel, pairs: list[Preference]) -> list[Encoded]:
+    """Each pair as a group of two, the chosen response first."""
+    return [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in pairs]
 
 
 def _score_some(rm: RewardModel, groups: list[Encoded], config: Config) -> GroupScores:
@@ -592,7 +597,7 @@ def measure_lead(t: Trainer, scores: GroupScores, step: int) -> dict[str, float]
     if not t.rule.otherwise:
         return {}
     rm, mine = t.reward_model, share(t.batch(t.pairs, step, t.config.batch_size))
-    pairs = score_groups(rm, [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in mine], t.config)
+    pairs = score_groups(rm, encode_pairs(rm, mine), t.config)
     of_batch, of_pairs, processes = summed(scores.rewards.mean().item(), pairs.rewards.mean().item(), 1)
     now = (of_batch - of_pairs) / processes  # all processes have as many
     t.lead = running_mean(t.lead, now)
