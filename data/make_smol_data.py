@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from savelib.instructions import gold, make_prompts
-from savelib.smollm2 import smollm2_path
+from savelib.data.instructions import gold, make_prompts
+from savelib.data.smollm2 import smollm2_path
 
 FOLDER = Path(__file__).parent
 SEED = 0

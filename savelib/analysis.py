@@ -10,7 +10,7 @@ import pandas as pd
 
 from savelib.config import Config, make_config
 from savelib.paths import resolve, runs_dir
-from savelib.runlog import read_config, read_manifest, read_metrics
+from savelib.runs.folder import read_config, read_manifest, read_metrics
 
 # column of metrics.jsonl -> (what it is, which way is better: "higher", "lower" or "" where neither is)
 METRICS: dict[str, tuple[str, str]] = {

@@ -59,10 +59,11 @@ def train(
     set_: Pairs = [],  # noqa: B006
 ) -> None:
     """Run SAVE; the result is a folder under runs/. Several processes are started here, unless torchrun did."""
-    from savelib.checkpoint import CheckpointError
-    from savelib.distributed import FrozenWeightsError, is_main, launched_by_torchrun
-    from savelib.launch import RunFailed, launch, needs_torchrun, worker
-    from savelib.loop import NonFiniteError
+    from savelib.processes import is_main, launched_by_torchrun
+    from savelib.runs.checkpoint import CheckpointError
+    from savelib.runs.launch import RunFailed, launch, needs_torchrun, worker
+    from savelib.training.engine import FrozenWeightsError
+    from savelib.training.scoring import NonFiniteError
 
     try:
         made = _made(profile, config, set_)
@@ -97,7 +98,7 @@ def plan(
     memory_gb: Annotated[float | None, typer.Option(help="GiB of each; default: this machine's GPU, else 80")] = None,
 ) -> None:
     """Print what memory each setting needs on each GPU, from the models' configs alone, and which fit."""
-    from savelib.plan import describe_plan
+    from savelib.runs.plan import describe_plan
 
     try:
         print(describe_plan(_made(profile, config, set_), gpus, memory_gb))
@@ -135,7 +136,7 @@ def notebook(
     from nbconvert import HTMLExporter
 
     from savelib.paths import runs_dir
-    from savelib.runlog import new_run_id, refuse_existing
+    from savelib.runs.folder import new_run_id, refuse_existing
 
     try:
         values = _values(parameters)
@@ -174,7 +175,7 @@ def study(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, three steps: whether everything runs")] = False,
 ) -> None:
     """Run the cells of tables that are missing, by notebooks 03 and 05, and write their tables."""
-    from savelib.study import as_text, read_seeds, read_study, read_tables, run_study
+    from savelib.experiments.study import as_text, read_seeds, read_study, read_tables, run_study
 
     failed: dict[str, str] = {}
     try:
@@ -238,7 +239,7 @@ def respond(
     set_: Pairs = [],  # noqa: B006
 ) -> None:
     """Sample a policy's responses to AlpacaEval's or Arena-Hard's prompts, as in table 8."""
-    from savelib.benchmarks.responses import TABLE8, generate
+    from savelib.benchmarks.judged.responses import TABLE8, generate
 
     _print_json(lambda: (generate(policy, benchmark, prompts, out, make_config(**TABLE8 | _values(set_)), name), []))
 
@@ -264,8 +265,8 @@ def judge(
     allow_missing: Annotated[bool, typer.Option(help="write the file though games have no verdict")] = False,
 ) -> None:
     """Have a judge compare a policy's responses with a baseline's; an interrupted call goes on where it stopped."""
-    from savelib.benchmarks.judge import Endpoint
-    from savelib.benchmarks.judge import judge as run
+    from savelib.benchmarks.judged.judge import Endpoint
+    from savelib.benchmarks.judged.judge import judge as run
 
     endpoint = Endpoint(base_url, model, key_env, timeout, retries, concurrency, price_in, price_out)
     _print_json(lambda: (run(benchmark, outputs, baseline, out, endpoint, questions=questions, category=category,
@@ -282,7 +283,7 @@ def alpaca(
     instructions: Annotated[int, typer.Option(help="how many there must be")] = 805,
 ) -> None:
     """Print AlpacaEval 2's win rate, standard error and length-controlled win rate as JSON."""
-    from savelib.benchmarks.alpaca import alpaca_json
+    from savelib.benchmarks.judged.alpaca import alpaca_json
 
     _print_json(lambda: alpaca_json(annotations, difficulty, gamed, weights, model, instructions))
 
@@ -295,7 +296,7 @@ def arena(
     category: Annotated[str, typer.Option(help="the category of the score")] = "hard_prompt",
 ) -> None:
     """Print Arena-Hard's score, interval, style-controlled score and counts as JSON."""
-    from savelib.benchmarks.arena import arena_json
+    from savelib.benchmarks.judged.arena import arena_json
 
     _print_json(lambda: arena_json(judgments, questions, answers or None, category))
 
@@ -308,7 +309,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="size quick, 2 repeats")] = False,
 ) -> None:
     """Time a step of TRL's GRPO, our GRPO and SAVE in turn, and hold the ratios against their bars."""
-    from savelib.bench import DEFAULT_SIZES, report, run
+    from savelib.experiments.cost import DEFAULT_SIZES, report, run
 
     wanted = ["quick"] if quick else sizes.split(",") if sizes else list(DEFAULT_SIZES)
     try:
@@ -332,7 +333,7 @@ def _print_json(make: Callable[[], tuple[dict, list[str]]]) -> None:
 def summary(folder: Path) -> str:
     """The figures of a run that matter, before and after, as lines of text."""
     from savelib.analysis import before_after, warnings
-    from savelib.runlog import read_manifest, read_metrics
+    from savelib.runs.folder import read_manifest, read_metrics
 
     metrics, manifest = read_metrics(folder), read_manifest(folder)
     lines = [

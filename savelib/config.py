@@ -14,17 +14,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from savelib.policy_loss import ALGORITHMS, BY_TOKEN, WITH_A_MODEL
-from savelib.rules import RULES
+from savelib.method import ALGORITHMS, RULES
 
 
 class ConfigError(ValueError):
     """Bad configuration, data or model: the message names the field, the value and what to do."""
 
 
-def _field(default: Any, paper: str, description: str, **constraints: Any) -> Any:
-    """A field whose origin in the paper (`ours` where it has none) is kept in its JSON schema."""
-    return Field(default, description=description, json_schema_extra={"paper": paper}, **constraints)
+def _field(default: Any, paper: str, description: str, stage: int = 0, **constraints: Any) -> Any:
+    """A field with its place in the paper (`ours` where it has none).
+
+    stage: 1 or 2 where the field changes the result of stage 1, or of stage 2 alone, and so belongs to its cache key.
+    """
+    return Field(default, description=description, json_schema_extra={"paper": paper, "stage": stage}, **constraints)
 
 
 class Config(BaseModel):
@@ -39,7 +41,7 @@ class Config(BaseModel):
     run_id: str = _field(
         "", "ours", "name of the folder under runs/; empty: made from profile, rule, algo, seed and time"
     )
-    seed: int = _field(0, "ours", "seed of sampling, data order and head initialisation", ge=0)
+    seed: int = _field(0, "ours", "seed of sampling, data order and head initialisation", ge=0, stage=1)
     resume: str = _field(
         "never",
         "ours",
@@ -55,6 +57,7 @@ class Config(BaseModel):
         "bfloat16",
         "section 4.1",
         "arithmetic on CUDA (autocast); weights are always held in float32; CPU computes in float32",
+        stage=1,
     )
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = _field(
         "tensorboard", "ours", "where metrics go besides metrics.jsonl; tensorboard: events in the run's folder"
@@ -76,41 +79,57 @@ class Config(BaseModel):
         "rank of LoRA adapters on all linear layers; 0: all weights are trained, as in the paper. With LoRA the update "
         "has low rank, the base is frozen, and lr acts on the adapters; the reference is the policy without them",
         ge=0,
+        stage=1,
     )
     load_in_4bit: bool = _field(
-        False, "ours", "QLoRA: the frozen base in 4 bits (nf4). Rewards and samples are those of the rounded models"
+        False,
+        "ours",
+        "QLoRA: the frozen base in 4 bits (nf4). Rewards and samples are those of the rounded models",
+        stage=1,
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = _field(
-        "adamw", "section 4.1", "8-bit: Adam's moments are rounded, weights are not; paged: moments may move to the CPU"
+        "adamw",
+        "section 4.1",
+        "8-bit: Adam's moments are rounded, weights are not; paged: moments may move to the CPU",
+        stage=1,
     )
     gradient_checkpointing: bool = _field(
         True, "ours", "compute activations again in the backward: less memory, a third more time, the same numbers"
     )
 
     # models and data
-    policy_model: str = _field("Qwen/Qwen2.5-3B-Instruct", "section 4.1", "hub id or folder; embedded; smollm2")
+    policy_model: str = _field(
+        "Qwen/Qwen2.5-3B-Instruct", "section 4.1", "hub id or folder; embedded; smollm2", stage=2
+    )
     reward_model: str = _field(
-        "Skywork/Skywork-Reward-V2-Llama-3.2-3B", "section 4.1", "hub id or folder with one label; embedded; smollm2"
+        "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
+        "section 4.1",
+        "hub id or folder with one label; embedded; smollm2",
+        stage=1,
     )
     preferences: str = _field(
         "HuggingFaceH4/ultrafeedback_binarized",
         "section 4.1",
         "pairs: hub id, .jsonl[.gz], .parquet, or embedded; empty: none, and no accuracy on held-out pairs",
+        stage=1,
     )
     prompts: str = _field(
-        "openbmb/UltraFeedback", "section 4.1", "RL prompts: hub id, .jsonl[.gz], .parquet, or embedded"
+        "openbmb/UltraFeedback", "section 4.1", "RL prompts: hub id, .jsonl[.gz], .parquet, or embedded", stage=2
     )
-    eval_preferences: str = _field("", "ours", "held-out pairs; empty: every tenth of preferences")
+    eval_preferences: str = _field("", "ours", "held-out pairs; empty: every tenth of preferences", stage=1)
     eval_prompts_source: str = _field("", "ours", "held-out prompts; empty: every tenth of prompts")
     bad_rows: Literal["error", "skip"] = _field(
-        "error", "ours", "a row with an empty or odd field: stop, or leave it out"
+        "error", "ours", "a row with an empty or odd field: stop, or leave it out", stage=1
     )
     prompt_selection: Literal["responses_fit", "responses_exceed", "all"] = _field(
-        "responses_fit", "section 4.1, open", "keep prompts whose dataset responses fit in (or exceed) max_new_tokens"
+        "responses_fit",
+        "section 4.1, open",
+        "keep prompts whose dataset responses fit in (or exceed) max_new_tokens",
+        stage=2,
     )
-    world_seed: int = _field(0, "ours", "which embedded world: the seed of its pretrained backbone", ge=0)
+    world_seed: int = _field(0, "ours", "which embedded world: the seed of its pretrained backbone", ge=0, stage=1)
     start_share: float = _field(
-        0.4, "ours", "embedded world: share of right responses in the policy's SFT data", gt=0, lt=1
+        0.4, "ours", "embedded world: share of right responses in the policy's SFT data", gt=0, lt=1, stage=2
     )
     pairs_share: float = _field(
         0.0,
@@ -118,31 +137,46 @@ class Config(BaseModel):
         "embedded world: the same of the policy that the preference pairs come from; 0: start_share",
         ge=0,
         lt=1,
+        stage=1,
     )
     label_noise: float = _field(
-        0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5
+        0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5, stage=1
     )
-    max_prompt_tokens: int = _field(2048, "ours", "longer prompts are an error", ge=1)
+    max_prompt_tokens: int = _field(2048, "ours", "longer prompts are an error", ge=1, stage=2)
 
     # stage 1: preference learning (eq. 2, 11)
-    bt_epochs: int = _field(0, "section 3.1", "passes over the pairs; 0: the reward model is already trained", ge=0)
-    bt_batch_size: int = _field(64, "section 3.1", "pairs per step", ge=1)
-    bt_backbone_lr: float = _field(2e-6, "ours", "Bradley-Terry learning rate of the backbone; 0 freezes it", ge=0)
-    bt_head_lr: float = _field(2e-6, "ours", "Bradley-Terry learning rate of the reward head", gt=0)
+    bt_epochs: int = _field(
+        0, "section 3.1", "passes over the pairs; 0: the reward model is already trained", ge=0, stage=1
+    )
+    bt_batch_size: int = _field(64, "section 3.1", "pairs per step", ge=1, stage=1)
+    bt_backbone_lr: float = _field(
+        2e-6, "ours", "Bradley-Terry learning rate of the backbone; 0 freezes it", ge=0, stage=1
+    )
+    bt_head_lr: float = _field(2e-6, "ours", "Bradley-Terry learning rate of the reward head", gt=0, stage=1)
 
     # stage 2: value anchor integration (eq. 12)
     value_position: Literal["user_turn", "generation_prompt"] = _field(
-        "user_turn", "eq. 12, open", "token that V reads: end of the user turn, or end of the generation prompt"
+        "user_turn",
+        "eq. 12, open",
+        "token that V reads: end of the user turn, or end of the generation prompt",
+        stage=2,
     )
-    value_head: Literal["linear", "mlp"] = _field("linear", "eq. 12, open", "one linear layer, or two with tanh")
+    value_head: Literal["linear", "mlp"] = _field(
+        "linear", "eq. 12, open", "one linear layer, or two with tanh", stage=2
+    )
     value_init: Literal["mean_reward", "random"] = _field(
-        "mean_reward", "eq. 12, open", "output layer at start: weight 0 and bias = mean of the first targets, or random"
+        "mean_reward",
+        "eq. 12, open",
+        "output layer at start: weight 0 and bias = mean of the first targets, or random",
+        stage=2,
     )
-    anchor_prompts: int = _field(0, "section 3.2", "prompts that the value head is fitted on; 0: all", ge=0)
-    anchor_responses: int = _field(16, "table 8, K", "responses per prompt whose mean reward is the target", ge=1)
-    anchor_lr: float = _field(2e-4, "table 8", "value head learning rate in stage 2", gt=0)
-    anchor_batch_size: int = _field(32, "table 8", "prompts per step in stage 2", ge=1)
-    anchor_epochs: int = _field(1, "table 8", "passes over the prompts in stage 2", ge=1)
+    anchor_prompts: int = _field(0, "section 3.2", "prompts that the value head is fitted on; 0: all", ge=0, stage=2)
+    anchor_responses: int = _field(
+        16, "table 8, K", "responses per prompt whose mean reward is the target", ge=1, stage=2
+    )
+    anchor_lr: float = _field(2e-4, "table 8", "value head learning rate in stage 2", gt=0, stage=2)
+    anchor_batch_size: int = _field(32, "table 8", "prompts per step in stage 2", ge=1, stage=2)
+    anchor_epochs: int = _field(1, "table 8", "passes over the prompts in stage 2", ge=1, stage=2)
 
     # the on-policy loop (algorithms 1 and 2)
     rule: str = _field("save", "table 1", "how a step updates the reward model: " + ", ".join(RULES))
@@ -180,11 +214,11 @@ class Config(BaseModel):
     policy_groups: Literal["two_kept", "both_signs"] = _field(
         "two_kept", "algorithm 1, open", "groups in the policy update: at least 2 kept, or kept ones of both signs"
     )
-    max_grad_norm: float = _field(1.0, "open", "gradient clipping, each optimizer by itself", gt=0)
-    temperature: float = _field(0.7, "table 8", "sampling temperature; log-probs use it too", gt=0)
-    top_p: float = _field(0.8, "table 8", "nucleus sampling; 1: off", gt=0, le=1)
-    top_k: int = _field(20, "table 8", "top-k sampling; 0: off", ge=0)
-    max_new_tokens: int = _field(1024, "table 8", "longest response", ge=1)
+    max_grad_norm: float = _field(1.0, "open", "gradient clipping, each optimizer by itself", gt=0, stage=1)
+    temperature: float = _field(0.7, "table 8", "sampling temperature; log-probs use it too", gt=0, stage=2)
+    top_p: float = _field(0.8, "table 8", "nucleus sampling; 1: off", gt=0, le=1, stage=2)
+    top_k: int = _field(20, "table 8", "top-k sampling; 0: off", ge=0, stage=2)
+    max_new_tokens: int = _field(1024, "table 8", "longest response", ge=1, stage=2)
     micro_batch_groups: int = _field(1, "ours", "groups per forward/backward of the reward model", ge=1)
     micro_batch_responses: int = _field(4, "ours", "responses per forward/backward of the policy", ge=1)
     rollout_rows: int = _field(128, "ours", "responses sampled at a time", ge=1)
@@ -220,12 +254,12 @@ class Config(BaseModel):
                 f"backend = {self.backend!r} shards an AdamW over all weights: use lora_rank=0 and optimizer=adamw "
                 "with it, or backend=ddp"
             )
-        if self.algo in WITH_A_MODEL and (self.backend != "ddp" or self.lora_rank):
+        if ALGORITHMS[self.algo].extra and (self.backend != "ddp" or self.lora_rank):
             raise ValueError(
                 f"algo = {self.algo!r} trains a third model, whole in every process: use backend=ddp and lora_rank=0 "
                 f"with it (here backend = {self.backend!r}, lora_rank = {self.lora_rank})"
             )
-        if self.algo in BY_TOKEN and self.advantages_over == "all":
+        if ALGORITHMS[self.algo].by_token and self.advantages_over == "all":
             raise ValueError(f"advantages_over=all: algo {self.algo!r} has no statistics over the rewards of a group")
         if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs or RULES[self.rule].otherwise):
             raise ValueError(
@@ -238,6 +272,11 @@ class Config(BaseModel):
     @property
     def share_of_pairs(self) -> float:
         return self.pairs_share or self.start_share
+
+    def of_stage(self, stage: int) -> dict[str, Any]:
+        """The fields that the results of the stages up to this one depend on."""
+        marked = {name: field.json_schema_extra["stage"] for name, field in Config.model_fields.items()}
+        return self.only(*(n for n, s in marked.items() if 1 <= s <= stage)) | {"pairs_share": self.share_of_pairs}
 
     def only(self, *names: str) -> dict[str, Any]:
         """The named fields as a plain dict, for cache keys and logs."""

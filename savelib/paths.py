@@ -1,6 +1,7 @@
-"""Where savelib keeps what it builds, and how a folder comes to be whole or not at all."""
+"""Cache and run folders; atomic writes; digests."""
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir() -> Path:
@@ -58,7 +60,7 @@ def drop(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is, at any moment, what it was or what it shall be."""
+    """Replace a file atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     sync(part)
@@ -74,11 +76,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def digest(value: Any) -> str:
+    """SHA-256 of a value's JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @cache
 def code_digest() -> str:
-    """Hash of savelib's own source: what other code has made is not taken from a cache."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    """Hash of the source that can change numbers: results of other code are not taken from a cache."""
+    root = Path(__file__).parent
+    parts = [root / "config.py", root / "processes.py"]
+    parts += [f for name in ("method", "data", "models", "training") for f in (root / name).rglob("*.py")]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(parts))).hexdigest()
 
 
 def project_root() -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from savelib.analysis import axis_label
-from savelib.feedback import Partition, bradley_terry_loss, curriculum_threshold, net_forces
+from savelib.method import Partition, bradley_terry_loss, curriculum_threshold, net_forces
 
 COLOURS = {
     "save": "#1b6ca8", "save_either_way": "#e0592a", "save_zero_net_force": "#12908e", "spread": "#7a5195",

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from savelib.config import make_config
-from savelib.distributed import connect, disconnect, is_main, rank
-from savelib.loop import Trainer, save_step
+from savelib.processes import is_main, rank
+from savelib.training.algorithm import prepare, save_step
+from savelib.training.engine import connect, disconnect
 
 torch.set_num_threads(1)
 jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 connect(make_config(**next(iter(jobs.values()))))
 for name, values in jobs.items():
-    t = Trainer(make_config(**values))
+    t = prepare(make_config(**values))
     metrics, samples = save_step(t, 1)
     gradients = {}
     for kind, model in (

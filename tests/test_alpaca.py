@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
-from savelib import statistics
-from savelib.benchmarks import alpaca
+from savelib.benchmarks import statistics
+from savelib.benchmarks.judged import alpaca
 from savelib.config import ConfigError
 
 REAL = Path(__file__).parents[2] / "shared" / "benchdata" / "alpaca_eval"

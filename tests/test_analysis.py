@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from savelib import analysis
 from savelib.cli import app
 from savelib.config import ConfigError, make_config
-from savelib.runlog import RunLog, read_metrics
+from savelib.runs.folder import RunLog, read_metrics
 
 
 @pytest.fixture(autouse=True)

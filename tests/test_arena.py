@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from savelib import statistics
-from savelib.benchmarks import arena
+from savelib.benchmarks import statistics
+from savelib.benchmarks.judged import arena
 from savelib.config import ConfigError
 
 REAL = Path(__file__).parents[2] / "shared" / "benchdata" / "arena_hard" / "v2.0_question.jsonl"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from savelib import audit
+from savelib.experiments import audit
 
 PAPER = Path(__file__).parent.parent / "data" / "paper"
 INITIAL = "Initial RM (Skywork-Reward-V2-Llama-3.2-3B)"

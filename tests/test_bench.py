@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from savelib import bench
 from savelib.cli import app
 from savelib.config import ConfigError
-from savelib.data import Prompt
-from savelib.models import load_policy, load_reward_model
-from savelib.plan import model_sizes
-from savelib.rollout import sample
+from savelib.data.pairs_and_prompts import Prompt
+from savelib.experiments import cost as bench
+from savelib.models.loading import load_policy, load_reward_model
+from savelib.models.rollout import sample
+from savelib.runs.plan import model_sizes
 
 QUICK = bench.SIZES["quick"]
 CPU = torch.device("cpu")

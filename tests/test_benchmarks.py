@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from savelib.benchmarks import BENCHMARKS
-from savelib.benchmarks.base import Row
 from savelib.benchmarks.ppe import SETS
 from savelib.benchmarks.rewardbench import SECTIONS
+from savelib.benchmarks.rows import Row
 from savelib.benchmarks.scoring import score_file
 from savelib.cli import app
 from savelib.config import ConfigError

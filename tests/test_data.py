@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from savelib.config import ConfigError, make_config
-from savelib.data import load_preferences, load_prompts, split_heldout, train_and_heldout_preferences
+from savelib.data.pairs_and_prompts import load_preferences, load_prompts, split_heldout, train_and_heldout_preferences
 
 CONFIG = make_config()
 HH = Path(__file__).parent.parent.parent / "shared/benchdata/hh_rlhf/harmless-base_test.jsonl.gz"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tiny_models import centre_rewards, paper_run
 
 from savelib.config import ConfigError, make_config
-from savelib.distributed import Engine, FrozenWeightsError, connect, gathered, share, summed
+from savelib.processes import gathered, share, summed
+from savelib.training.engine import Engine, FrozenWeightsError, connect
 
 HERE = Path(__file__).parent
 RUNS = {  # what differs between processes: groups without contrast, kept responses, lengths
@@ -118,8 +119,8 @@ def test_one_process_is_everybody(base):
     (2, 0, [1, 2, 3]), (2, 1, [4, 5, 5]), (4, 3, [5, 5]), (5, 4, [5]), (1, 0, [1, 2, 3, 4, 5]),
 ])  # fmt: skip
 def test_shares_are_of_one_length_and_in_order(monkeypatch, size, rank, mine):
-    monkeypatch.setattr("savelib.distributed.world_size", lambda: size)
-    monkeypatch.setattr("savelib.distributed.rank", lambda: rank)
+    monkeypatch.setattr("savelib.processes.world_size", lambda: size)
+    monkeypatch.setattr("savelib.processes.rank", lambda: rank)
     assert share([1, 2, 3, 4, 5]) == mine
 
 

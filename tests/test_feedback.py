@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from savelib.feedback import (
+from savelib.method import (
     Partition,
     bradley_terry_loss,
     contrastive_terms,

@@ -20,8 +20,8 @@ from safetensors.torch import load as load_weights
 from tiny_models import make_policy, make_reward_model
 
 from savelib.config import ConfigError, make_config
-from savelib.data import split_heldout
-from savelib.models import load_policy
+from savelib.data.pairs_and_prompts import split_heldout
+from savelib.models.loading import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = make_config(profile="paper")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from savelib.instructions import KINDS, describe, gold, make_prompts
+from savelib.data.instructions import KINDS, describe, gold, make_prompts
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -141,7 +141,7 @@ def test_smollm2_folder_serves_as_policy_and_reward_model():
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from savelib.smollm2 import smollm2_path
+    from savelib.data.smollm2 import smollm2_path
 
     folder = smollm2_path()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -162,7 +162,7 @@ def test_smollm2_folder_serves_as_policy_and_reward_model():
 
 
 def test_smollm2_absent_says_how_to_install(monkeypatch, tmp_path):
-    from savelib import smollm2
+    from savelib.data import smollm2
 
     monkeypatch.setenv("SAVE_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)

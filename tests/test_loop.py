@@ -7,21 +7,16 @@ import pytest
 import torch
 from tiny_models import centre_rewards, paper_run
 
-from savelib import feedback as F
+from savelib import method as F
 from savelib.config import ConfigError, make_config
-from savelib.loop import (
-    NonFiniteError,
-    Trainer,
-    anchor_stage,
-    encode_groups,
-    preference_stage,
-    save_step,
-    seed_everything,
-)
-from savelib.models import VALUE_HEAD_FILE, load_reward_model
-from savelib.policy_loss import ALGORITHMS
-from savelib.rollout import completion_logprobs, sample
-from savelib.rules import RULES
+from savelib.method import ALGORITHMS, RULES
+from savelib.models.compute import seed_everything
+from savelib.models.reward_model import VALUE_HEAD_FILE
+from savelib.models.rollout import completion_logprobs, sample
+from savelib.training.algorithm import prepare, save_step
+from savelib.training.scoring import NonFiniteError, encode_groups
+from savelib.training.stages import anchor_stage, preference_stage
+from savelib.training.trainer import load_data
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +30,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def trainer(world, **values):
-    return Trainer(make_config(**(world | values)))
+    return prepare(make_config(**(world | values)))
 
 
 def state(module):
@@ -105,14 +100,14 @@ def test_only_what_should_move_moves(world, rule, tmp_path):
 def test_lead_is_the_mean_reward_above_that_of_preference_pairs(world):
     t = trainer(world, rule="save_either_way", reward_head_lr=1e-2)
     for step in (1, 2):
-        before, (metrics, _) = t.lead, save_step(t, step)
-        rm, pairs = t.reward_model, t.batch(t.pairs, step, 4)
+        before, (metrics, _) = t.state.get("lead"), save_step(t, step)
+        rm, pairs = t.reward_model, t.batch(t.data.pairs, step)
         alone = [
             rm.score(rm.encode([(p.prompt, text)])).rewards.item() for p in pairs for text in (p.chosen, p.rejected)
         ]
         assert metrics["reward/lead"] == pytest.approx(metrics["reward/mean"] - sum(alone) / 8, abs=1e-4)
         assert metrics["rm/mirrored"] == (before is not None and before > 0)
-        assert t.lead == pytest.approx(
+        assert t.state.get("lead") == pytest.approx(
             metrics["reward/lead"] if step == 1 else 0.9 * before + 0.1 * metrics["reward/lead"]
         )
     assert "reward/lead" not in save_step(trainer(world), 1)[0]
@@ -130,16 +125,16 @@ def test_frozen_backbone_and_frozen_policy(world):
 def test_reward_model_update_equals_a_plain_transcription(world, rule):
     """One AdamW step on the whole batch's loss, written down naively: separate passes, no micro-batches."""
     values = world | dict(rule=rule, backbone_lr=1e-3, reward_head_lr=1e-2, curriculum="linear", initial_margin=0.1)
-    t = Trainer(make_config(**values))
+    t = prepare(make_config(**values))
     copied = copy.deepcopy(t.reward_model)
-    t.lead = 1.0  # as if most responses of the steps before had looked right: save_either_way mirrors the loss
+    t.state["lead"] = 1.0  # as if most responses of the steps before had looked right: save_either_way mirrors the loss
     metrics, _ = save_step(t, 1)
 
     c = t.config
     seed_everything("step", c.seed, 1)
-    again = Trainer(c)
+    again = prepare(c)
     seed_everything("step", c.seed, 1)
-    rollout = sample(again.policy, again.tokenizer, again.batch(again.prompts, 1, 4), 4, c)
+    rollout = sample(again.policy, again.tokenizer, again.batch(again.data.prompts, 1), 4, c)
     rows = [
         [copied.encode([(p.messages, text)]) for text in texts]
         for p, texts in zip(rollout.prompts, rollout.texts, strict=True)
@@ -202,12 +197,12 @@ def test_reward_model_update_equals_a_plain_transcription(world, rule):
 def test_micro_batches_do_not_change_the_step(world, algo):
     """The same step in small and in large portions: the same metrics and the same updated models."""
     values = world | dict(algo=algo, rule="save", backbone_lr=1e-4, reward_head_lr=1e-3, policy_lr=1e-4)
-    small, large = (Trainer(make_config(**values, micro_batch_groups=n, micro_batch_responses=3 * n)) for n in (1, 4))
+    small, large = (prepare(make_config(**values, micro_batch_groups=n, micro_batch_responses=3 * n)) for n in (1, 4))
     a, b = save_step(small, 1)[0], save_step(large, 1)[0]
     for name in a:
         if not name.startswith("time/"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
-    rollout = sample(small.policy, small.tokenizer, small.prompts[:3], 4, small.config)
+    rollout = sample(small.policy, small.tokenizer, small.data.prompts[:3], 4, small.config)
     with torch.no_grad():
         groups = [encode_groups(t.reward_model, rollout) for t in (small, large)]
         rewards = [t.reward_model.score(g[0]).rewards for t, g in zip((small, large), groups, strict=True)]
@@ -241,7 +236,7 @@ def test_logprobs_equal_those_of_one_row_without_padding(world):
     t = trainer(world)
     t.config = make_config(**(world | {"temperature": 0.7}))
     torch.manual_seed(3)
-    rollout = sample(t.policy, t.tokenizer, t.prompts[8:12], 4, t.config)  # prompts of 16 and 17 bytes
+    rollout = sample(t.policy, t.tokenizer, t.data.prompts[8:12], 4, t.config)  # prompts of 16 and 17 bytes
     assert len(set(rollout.prompt_lengths.tolist())) > 1
     with torch.no_grad():
         together = completion_logprobs(t.policy, rollout, torch.arange(16), t.config)
@@ -256,7 +251,7 @@ def test_logprobs_equal_those_of_one_row_without_padding(world):
 
 def test_rollout_lengths_come_from_end_tokens(world):
     t = trainer(world)
-    rollout = sample(t.policy, t.tokenizer, t.prompts[:4], 8, t.config)
+    rollout = sample(t.policy, t.tokenizer, t.data.prompts[:4], 8, t.config)
     ends = set(t.policy.generation_config.eos_token_id)
     for b in range(4):
         for g in range(8):
@@ -285,19 +280,19 @@ def test_prompts_that_do_not_fit_are_named(world):
     ]:
         t = trainer(world, rule="frozen")
         with pytest.raises(ConfigError, match=said):
-            sample(t.policy, t.tokenizer, t.prompts[:1], 2, make_config(**(world | values)))
+            sample(t.policy, t.tokenizer, t.data.prompts[:1], 2, make_config(**(world | values)))
 
 
 def test_data_order_is_epochs_of_permutations(world):
     t = trainer(world)
-    seen = [p.id for step in range(1, 6) for p in t.batch(t.prompts[:10], step, 4)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in t.prompts[:10])
+    seen = [p.id for step in range(1, 6) for p in t.batch(t.data.prompts[:10], step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(p.id for p in t.data.prompts[:10])
     assert seen[:10] != seen[10:]
 
 
 def test_value_head_starts_at_the_mean_and_learns(world):
     config = make_config(**world)
-    rm = load_reward_model(preference_stage(config), config, torch.device("cpu"), anchor_stage(config))
+    rm = prepare(config).reward_model
     assert rm.value_head[-1].bias.item() != 0
     assert rm.value_head[-1].weight.abs().max() > 0
 
@@ -307,6 +302,8 @@ def test_a_random_value_head_is_the_seeds(world, tmp_path, monkeypatch):
     for cache in ("a", "b"):
         monkeypatch.setenv("SAVE_CACHE", str(tmp_path / cache))
         torch.manual_seed(len(heads))  # whatever the process drew before
-        folder = anchor_stage(make_config(**world | dict(value_head="mlp", value_init="random")))
+        config = make_config(**world | dict(value_head="mlp", value_init="random"))
+        data = load_data(config)
+        folder = anchor_stage(config, preference_stage(config, data.pairs), data.prompts)
         heads.append((Path(folder) / VALUE_HEAD_FILE).read_bytes())
     assert heads[0] == heads[1]

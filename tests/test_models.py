@@ -6,7 +6,10 @@ from tiny_models import make_policy, make_reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from savelib.config import ConfigError, make_config
-from savelib.models import VALUE_HEAD_FILE, Encoded, load_policy, load_reward_model, render, save_merged
+from savelib.data.chat import render
+from savelib.models.adapters import save_merged
+from savelib.models.loading import load_policy, load_reward_model
+from savelib.models.reward_model import VALUE_HEAD_FILE, Encoded
 
 CPU = torch.device("cpu")
 CONFIG = make_config()

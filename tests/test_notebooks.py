@@ -15,11 +15,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import make_reward_model
 
-from savelib import world
 from savelib.analysis import METRICS
 from savelib.config import make_config, notebook_config
-from savelib.launch import run_once
-from savelib.runlog import read_metrics
+from savelib.data import world
+from savelib.runs.folder import read_metrics
+from savelib.runs.launch import run_once
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}

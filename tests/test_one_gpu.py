@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from savelib.analysis import METRICS
 from savelib.config import PROFILES, make_config
-from savelib.loop import Trainer, save_step, seed_everything, shared_sample
-from savelib.models import load_policy, load_reward_model, plain, recomputing
-from savelib.rollout import completion_logprobs, draw, sample
-from savelib.train import train
+from savelib.models.adapters import plain
+from savelib.models.compute import recomputing, seed_everything
+from savelib.models.loading import load_policy, load_reward_model
+from savelib.models.rollout import completion_logprobs, draw, sample, shared_sample
+from savelib.runs.train import train
+from savelib.training.algorithm import prepare, save_step
 
 CPU = torch.device("cpu")
 
@@ -52,7 +54,7 @@ def moved(model, before):
 
 
 def test_lora_trains_adapters_and_the_reward_head_and_nothing_else(base):
-    t = Trainer(make_config(**base, lora_rank=8))
+    t = prepare(make_config(**base, lora_rank=8))
     assert t.reference is None
     before = {"policy": state(t.policy), "reward_model": state(t.reward_model.model)}
     save_step(t, 1), save_step(t, 2)
@@ -66,8 +68,8 @@ def test_lora_trains_adapters_and_the_reward_head_and_nothing_else(base):
 
 def test_the_reference_is_the_policy_without_adapters(base):
     config = make_config(**base, lora_rank=8)
-    t = Trainer(config)
-    rollout = sample(t.policy, t.tokenizer, t.prompts[:2], 4, config)
+    t = prepare(config)
+    rollout = sample(t.policy, t.tokenizer, t.data.prompts[:2], 4, config)
     save_step(t, 1)
     untrained, _ = load_policy(config.policy_model, CPU)
     rows = torch.arange(8)
@@ -88,7 +90,7 @@ def test_a_run_with_adapters_ends_in_whole_models(base, more):
     with safe_open(checkpoint / "policy" / "adapter_model.safetensors", "pt") as f:
         assert all("lora_" in key for key in f.keys())  # noqa: SIM118
     assert not [f for f in folder.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    t = Trainer(config, checkpoint)
+    t = prepare(config, checkpoint)
     save_step(t, 3)
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
     rm = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
@@ -106,8 +108,8 @@ def test_gradients_flow_through_a_base_in_4_bits(base):
     """Against the same adapters on the base as its 4 bits say it is."""
     config = make_config(**base, lora_rank=8, load_in_4bit=True)
     torch.manual_seed(0)
-    t = Trainer(config)
-    other = Trainer(make_config(**base, lora_rank=8))
+    t = prepare(config)
+    other = prepare(make_config(**base, lora_rank=8))
     import bitsandbytes
 
     for mine, theirs in ((t.policy, other.policy), (t.reward_model.model, other.reward_model.model)):
@@ -119,7 +121,7 @@ def test_gradients_flow_through_a_base_in_4_bits(base):
                 elif "lora_B" in name:
                     p.normal_(std=0.05)
                 weights[name].copy_(p)
-    rollout = sample(t.policy, t.tokenizer, t.prompts[:2], 4, config)
+    rollout = sample(t.policy, t.tokenizer, t.data.prompts[:2], 4, config)
     gradients = []
     for x in (t, other):
         encoded = x.reward_model.encode(
@@ -152,11 +154,11 @@ def test_single_gpu_is_the_papers_run_but_for_what_it_names():
 @pytest.mark.parametrize("rank", [0, 8])
 def test_recomputing_changes_no_number(base, rank, monkeypatch):
     """Bit for bit, where prompts are computed for each response in both; test_prefix compares with once for all."""
-    for module in ("models", "rollout"):
-        monkeypatch.setattr(f"savelib.{module}.shares_prefixes", lambda model: False)
+    for module in ("reward_model", "rollout"):
+        monkeypatch.setattr(f"savelib.models.{module}.shares_prefixes", lambda model: False)
     results = []
     for on in (False, True):
-        t = Trainer(make_config(**base | dict(gradient_checkpointing=on), lora_rank=rank))
+        t = prepare(make_config(**base | dict(gradient_checkpointing=on), lora_rank=rank))
         metrics, _ = save_step(t, 1)
         results.append((metrics, state(t.policy), state(t.reward_model.model)))
     (a, *x), (b, *y) = results
@@ -195,12 +197,12 @@ def test_logits_of_all_tokens_are_never_made_by_the_reward_model(base):
 
 def test_samples_do_not_depend_on_the_chunks(base):
     policy, tokenizer = load_policy(make_config(**base).policy_model, CPU)
-    t = Trainer(make_config(**base))
+    t = prepare(make_config(**base))
     said = []
     for rows in (1, 3, 100):
         config = make_config(**base, rollout_rows=rows)
         seed_everything("chunks")
-        said.append(shared_sample(policy, tokenizer, t.prompts[:3], 4, config).texts)
+        said.append(shared_sample(policy, tokenizer, t.data.prompts[:3], 4, config).texts)
     assert said[0] == said[1] == said[2]
 
 
@@ -225,9 +227,9 @@ def test_the_ends_of_the_interval_give_possible_tokens(u):
 
 def test_sampling_cuts_as_transformers_do(base):
     """top-k 1 is greedy; a nucleus and a temperature leave the tokens that transformers' own sampling can give."""
-    t = Trainer(make_config(**base))
+    t = prepare(make_config(**base))
     greedy = make_config(**base | dict(top_k=1))
-    texts = sample(t.policy, t.tokenizer, t.prompts[:2], 3, greedy).texts
+    texts = sample(t.policy, t.tokenizer, t.data.prompts[:2], 3, greedy).texts
     assert all(len(set(row)) == 1 for row in texts)
 
 

@@ -16,11 +16,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from savelib import plan
 from savelib.config import ConfigError, make_config
-from savelib.data import Prompt
-from savelib.models import Encoded, RewardModel, recomputing, with_adapters
-from savelib.rollout import Rollout, completion_logprobs, sample
+from savelib.data.pairs_and_prompts import Prompt
+from savelib.models.adapters import with_adapters
+from savelib.models.compute import recomputing
+from savelib.models.reward_model import Encoded, RewardModel
+from savelib.models.rollout import Rollout, completion_logprobs, sample
+from savelib.runs import plan
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 POLICY, REWARD = "policy_model", "reward_model"
@@ -207,7 +209,7 @@ def test_what_autograd_keeps_of_a_block(tmp_path, kind, half, rank):
 @pytest.mark.parametrize("kind", KINDS)
 def test_peak_of_an_update(tmp_path, monkeypatch, kind, half):
     """Policy and reward model, whole and LoRA, with and without checkpointing, at three shapes: within 20%."""
-    monkeypatch.setattr("savelib.rollout.autocast", lambda *_: in_half(half))
+    monkeypatch.setattr("savelib.models.rollout.autocast", lambda *_: in_half(half))
     for (rows, prompt, new), more in SHAPES:
         data, seq = rollout_of(rows, prompt, new), prompt + new
         encoded = Encoded([[1] * (seq - i % 2) for i in range(rows)], [prompt - 1] * rows)
@@ -280,7 +282,7 @@ def test_cache_is_that_of_a_real_forward(tmp_path, half, rank):
 )
 @pytest.mark.parametrize("cut", [(20, 0.8), (0, 0.8), (0, 1.0)])
 def test_peak_of_a_rollout(tmp_path, monkeypatch, half, rank, words, new, more, cut):
-    monkeypatch.setattr("savelib.rollout.autocast", lambda *_: in_half(half))
+    monkeypatch.setattr("savelib.models.rollout.autocast", lambda *_: in_half(half))
     sizes, model = made(tmp_path, rank=rank, half=half, **more)
     tokenizer = byte_tokenizer("chatml")
     model.generation_config.eos_token_id = 10**6  # never sampled: all rows go on to the end

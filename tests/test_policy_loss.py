@@ -5,11 +5,8 @@ import math
 import pytest
 import torch
 
-from savelib.policy_loss import (
+from savelib.method import (
     ALGORITHMS,
-    BY_TOKEN,
-    CLIP,
-    KL_IN_LOSS,
     kl_k1,
     kl_k3,
     kl_penalized_rewards,
@@ -37,7 +34,7 @@ def random_rows(seed=0, rows=8, tokens=6, spread=0.3):
 def random_advantages(algo, logprobs, mask, seed=1):
     generator = torch.Generator().manual_seed(seed)
     advantages = torch.randn(logprobs.shape, generator=generator, dtype=logprobs.dtype)
-    return advantages * mask if algo in BY_TOKEN else advantages[:, 0]
+    return advantages * mask if ALGORITHMS[algo].by_token else advantages[:, 0]
 
 
 # --- KL estimators -------------------------------------------------------------------------------------------------
@@ -218,9 +215,9 @@ def test_prime_without_process_rewards_is_whitened_rloo_on_the_outcome():
 # --- losses --------------------------------------------------------------------------------------------------------
 
 
-def naive_loss(algo, logprobs, old, ref, advantages, mask, beta, kl_in_loss, kl_times_ratio):
+def naive_loss(algo, logprobs, old, ref, advantages, mask, beta):
     """Every algorithm in loops over rows and tokens."""
-    low, high = CLIP[algo]
+    low, high = ALGORITHMS[algo].clip
     per_row, per_token = [], []
     for n in range(len(logprobs)):
         here = [t for t in range(logprobs.shape[1]) if mask[n, t]]
@@ -234,35 +231,31 @@ def naive_loss(algo, logprobs, old, ref, advantages, mask, beta, kl_in_loss, kl_
                 ratio = sum(deltas.values()).exp()
             else:
                 ratio = deltas[t].exp()
-            advantage = advantages[n, t] if algo in BY_TOKEN else advantages[n]
+            advantage = advantages[n, t] if ALGORITHMS[algo].by_token else advantages[n]
             losses.append(-torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage))
-            kl[t] = kl[t] * ratio if kl_times_ratio else kl[t]
-            if kl_in_loss and algo != "rloo":
+            if algo != "rloo":
                 losses[-1] = losses[-1] + beta * kl[t]
         row = sum(losses) / len(here)
-        if kl_in_loss and algo == "rloo":
+        if algo == "rloo":
             row = row + beta * sum(kl.values())
         per_row.append(row)
         per_token += losses
-    terms = per_token if algo in BY_TOKEN else per_row
+    terms = per_token if ALGORITHMS[algo].by_token else per_row
     return sum(terms) / len(terms)
 
 
-@pytest.mark.parametrize(("kl_in_loss", "kl_times_ratio"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("beta", [BETA, 0.0])
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_policy_loss_against_loops(algo, kl_in_loss, kl_times_ratio):
+def test_policy_loss_against_loops(algo, beta):
     logprobs, old, ref, mask = random_rows()
     advantages = random_advantages(algo, logprobs, mask)
-    expected = naive_loss(algo, logprobs, old, ref, advantages, mask, BETA, kl_in_loss, kl_times_ratio)
+    expected = naive_loss(algo, logprobs, old, ref, advantages, mask, beta)
     (expected_grad,) = torch.autograd.grad(expected, logprobs)
-    placed = {"kl_in_loss": kl_in_loss, "kl_times_ratio": kl_times_ratio}
-    loss = policy_loss(algo, logprobs, old, ref, advantages, mask, beta=BETA, **placed)
+    loss = policy_loss(algo, logprobs, old, ref, advantages, mask, beta=beta)
     (grad,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, expected_grad)
-    if kl_in_loss == KL_IN_LOSS[algo] and not kl_times_ratio:
-        assert torch.equal(policy_loss(algo, logprobs, old, ref, advantages, mask, beta=BETA), loss)
-    if not kl_in_loss:
+    if not beta:
         assert torch.equal(policy_loss(algo, logprobs, old, None, advantages, mask, beta=0.0), loss)
 
 
@@ -283,12 +276,10 @@ def test_slices_combine_to_the_whole(algo):
 def test_padding_has_no_influence(algo):
     logprobs, old, ref, mask = random_rows()
     advantages = random_advantages(algo, logprobs, mask)
-    loss = policy_loss(algo, logprobs, old, ref, advantages, mask, beta=BETA, kl_in_loss=True)
+    loss = policy_loss(algo, logprobs, old, ref, advantages, mask, beta=BETA)
     (grad,) = torch.autograd.grad(loss, logprobs)
     wild = logprobs.detach().masked_fill(~mask, -1e4).requires_grad_()  # e^1e4 overflows where it is not masked first
-    again = policy_loss(
-        algo, wild, old, ref.masked_fill(~mask, 0.0), advantages, mask.long(), beta=BETA, kl_in_loss=True
-    )
+    again = policy_loss(algo, wild, old, ref.masked_fill(~mask, 0.0), advantages, mask.long(), beta=BETA)
     (wild_grad,) = torch.autograd.grad(again, wild)
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(wild_grad, grad)
@@ -296,22 +287,22 @@ def test_padding_has_no_influence(algo):
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_clipping_stops_the_gradient_and_can_be_widened(algo):
+def test_clipping_stops_the_gradient(algo):
     logprobs = torch.full((1, 2), -1.0, dtype=torch.float64, requires_grad=True)
     old, mask = torch.full((1, 2), -1.5, dtype=torch.float64), torch.ones(1, 2)
-    advantages = torch.ones(1, 2, dtype=torch.float64) if algo in BY_TOKEN else torch.ones(1, dtype=torch.float64)
+    advantages = torch.ones((1, 2) if ALGORITHMS[algo].by_token else 1, dtype=torch.float64)
     arguments = (algo, logprobs, old, None, advantages, mask)
     clipped = policy_loss(*arguments, beta=0.0)
-    assert clipped.item() == pytest.approx(-(1 + CLIP[algo][1]))
+    assert clipped.item() == pytest.approx(-(1 + ALGORITHMS[algo].clip[1]))
     assert not torch.autograd.grad(clipped, logprobs)[0].any()
-    free = policy_loss(*arguments, beta=0.0, clip_high=10.0)
-    assert free.item() == pytest.approx(-math.exp(1.0 if algo == "rloo" else 0.5))
+    free = policy_loss(algo, logprobs, old, None, -advantages, mask, beta=0.0)  # the worse of the two, not clipped
+    assert free.item() == pytest.approx(math.exp(1.0 if algo == "rloo" else 0.5))
     assert torch.autograd.grad(free, logprobs)[0].all()
-    floor = policy_loss(algo, old, logprobs, None, -advantages, mask, beta=0.0, clip_low=0.1)
-    assert floor.item() == pytest.approx(0.9)
+    floor = policy_loss(algo, old, logprobs, None, -advantages, mask, beta=0.0)
+    assert floor.item() == pytest.approx(1 - ALGORITHMS[algo].clip[0])
 
 
-@pytest.mark.parametrize("algo", BY_TOKEN)
+@pytest.mark.parametrize("algo", ["reinforce_pp", "prime"])
 def test_losses_by_token_bound_the_log_ratio(algo):
     logprobs, old, mask = torch.zeros(1, 1), torch.full((1, 1), -500.0), torch.ones(1, 1)
     loss = policy_loss(algo, logprobs, old, None, -torch.ones(1, 1), mask, beta=0.0)
@@ -335,7 +326,7 @@ def test_bad_input_names_what_is_wrong():
     ):
         with pytest.raises(ValueError, match="'ppo'.*grpo, gspo, rloo, reinforce_pp"):
             call()
-    for algo in BY_TOKEN:
+    for algo in ("reinforce_pp", "prime"):
         with pytest.raises(ValueError, match=f"{algo}_advantages"):
             policy_advantages(algo, rows, mask)
     with pytest.raises(ValueError, match="'some'.*kept, all"):
@@ -393,7 +384,7 @@ def tiny_llama(tmp_path_factory):
     AcceleratorState._reset_state(reset_partial_state=True)  # TRL's trainers leave accelerate on the CPU
 
 
-def trl_rollout(algo, bias_correction, folder, out):
+def trl_rollout(algo, folder, out):
     """A real TRL trainer, a batch that it sampled and scored itself, and the rewards that it was given."""
     import datasets
     import trl
@@ -402,7 +393,7 @@ def trl_rollout(algo, bias_correction, folder, out):
     if algo == "rloo":
         trainer_class, config = trl.RLOOTrainer, trl.RLOOConfig
     else:
-        own = {"loss_type": "grpo", "use_bias_correction_kl": bias_correction, "num_iterations": 2}
+        own = {"loss_type": "grpo", "use_bias_correction_kl": False, "num_iterations": 2}
     if algo == "gspo":
         own |= {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
     given = []
@@ -437,12 +428,9 @@ def trl_rollout(algo, bias_correction, folder, out):
     return trainer, batch, torch.tensor(given).view(-1, GROUP)
 
 
-@pytest.mark.parametrize(
-    ("algo", "kl_times_ratio"),
-    [("grpo", False), ("grpo", True), ("gspo", False), ("gspo", True), ("rloo", False)],
-)
-def test_advantages_loss_and_gradient_are_trls(algo, kl_times_ratio, tiny_llama, tmp_path):
-    trainer, batch, rewards = trl_rollout(algo, kl_times_ratio, tiny_llama, tmp_path)
+@pytest.mark.parametrize("algo", ["grpo", "gspo", "rloo"])
+def test_advantages_loss_and_gradient_are_trls(algo, tiny_llama, tmp_path):
+    trainer, batch, rewards = trl_rollout(algo, tiny_llama, tmp_path)
     mask = batch["completion_mask"]
     assert len(set(mask.sum(1).tolist())) > 1  # responses of several lengths
     with torch.no_grad():
@@ -471,7 +459,7 @@ def test_advantages_loss_and_gradient_are_trls(algo, kl_times_ratio, tiny_llama,
     trainer.model.zero_grad()
     logprobs = completion_logprobs(trainer.model, batch)
     arguments = (algo, logprobs, old_logprobs, ref_logprobs, advantages, mask)
-    loss = policy_loss(*arguments, beta=BETA, kl_times_ratio=kl_times_ratio)
+    loss = policy_loss(*arguments, beta=0.0 if algo == "rloo" else BETA)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     for name, parameter in trainer.model.named_parameters():

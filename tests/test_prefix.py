@@ -14,11 +14,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from savelib import prefix
 from savelib.config import make_config
-from savelib.data import Prompt
-from savelib.models import load_policy, load_reward_model
-from savelib.rollout import completion_logprobs, draw, sample
+from savelib.data.pairs_and_prompts import Prompt
+from savelib.models import prefix
+from savelib.models.loading import load_policy, load_reward_model
+from savelib.models.rollout import completion_logprobs, draw, sample
 
 CPU = torch.device("cpu")
 WORDS = ["Hi?", "Name a colour, any colour will do.", "Why is the sky blue?"]
@@ -35,8 +35,8 @@ def settings(**values):
 
 def alone(monkeypatch):
     """From here on nothing is shared."""
-    monkeypatch.setattr("savelib.models.shares_prefixes", lambda model: False)
-    monkeypatch.setattr("savelib.rollout.shares_prefixes", lambda model: False)
+    monkeypatch.setattr("savelib.models.reward_model.shares_prefixes", lambda model: False)
+    monkeypatch.setattr("savelib.models.rollout.shares_prefixes", lambda model: False)
 
 
 def gradients(model, value):

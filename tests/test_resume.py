@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from tiny_models import paper_run
 
 import savelib
-from savelib.checkpoint import MANIFEST, _digest, _sha256, check, latest_checkpoint
 from savelib.config import ConfigError, make_config
-from savelib.runlog import RunLog, checkpoints, read_jsonl, read_manifest
-from savelib.train import train
+from savelib.paths import digest
+from savelib.runs.checkpoint import MANIFEST, _sha256, check, latest_checkpoint
+from savelib.runs.folder import RunLog, checkpoints, read_jsonl, read_manifest
+from savelib.runs.train import train
 
 # ranks are forked from a server that has imported all: real processes to kill, without the seconds of a start
 FORK = multiprocessing.get_context("forkserver")
@@ -216,7 +217,9 @@ def test_what_a_rule_or_an_algorithm_trains_besides_goes_on_bit_for_bit(base, va
 
 
 def test_the_running_lead_is_part_of_a_checkpoint(base, monkeypatch):
-    monkeypatch.setattr("savelib.loop.running_mean", lambda before, now: 1.0 if before is None else before + 1)
+    monkeypatch.setattr(
+        "savelib.training.algorithm.running_mean", lambda before, now: 1.0 if before is None else before + 1
+    )
     values = base | dict(rule="save_either_way")
     run = train(make_config(**values, run_id="one"))
     mirrored = [row["rm/mirrored"] for row in read_jsonl(run / "metrics.jsonl")[1:]]
@@ -282,7 +285,7 @@ def rewritten(folder: Path, **changes) -> None:
     made = json.loads((folder / MANIFEST).read_text())
     del made["sha256_of_this"]
     made |= dict(sha256={name: _sha256(folder / name) for name in made["sha256"]}) | changes
-    (folder / MANIFEST).write_text(json.dumps(made | dict(sha256_of_this=_digest(made))))
+    (folder / MANIFEST).write_text(json.dumps(made | dict(sha256_of_this=digest(made))))
 
 
 def truncated(file: Path) -> None:

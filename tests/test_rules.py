@@ -7,16 +7,26 @@ import pytest
 import torch
 from tiny_models import centre_rewards, make_reward_model, paper_run
 
-from savelib import prime
 from savelib.config import ConfigError, make_config
-from savelib.data import Preference
-from savelib.distributed import Engine
-from savelib.loop import Trainer, bradley_terry_step, encode_groups, reward_optimizer, save_step, seed_everything
-from savelib.policy_loss import prime_advantages
-from savelib.rollout import sample
-from savelib.rules import r2m
-from savelib.rules.ser import self_labelled
-from savelib.train import train
+from savelib.data.pairs_and_prompts import Preference
+from savelib.method import (
+    group_reward_entropy,
+    outcome_logits,
+    outcomes,
+    own_weight,
+    prime_advantages,
+    process_rewards,
+    r2m_loss,
+    self_labelled,
+)
+from savelib.models.compute import seed_everything
+from savelib.models.rollout import sample
+from savelib.runs.train import train
+from savelib.training import prime, r2m
+from savelib.training.algorithm import prepare, save_step
+from savelib.training.engine import Engine, reward_optimizer
+from savelib.training.scoring import encode_groups
+from savelib.training.stages import bradley_terry_step
 
 NEW = {"ser": dict(rule="ser"), "r2m": dict(rule="r2m"), "prime": dict(rule="frozen", algo="prime")}
 
@@ -40,7 +50,7 @@ def folders(tmp_path, tmp_path_factory, monkeypatch):
 
 def rollout_of(t):
     seed_everything("a rollout", 1)
-    return sample(t.policy, t.tokenizer, t.prompts[8:11], t.config.group_size, t.config)  # prompts of two lengths
+    return sample(t.policy, t.tokenizer, t.data.prompts[8:11], t.config.group_size, t.config)  # prompts of two lengths
 
 
 # SER
@@ -74,8 +84,8 @@ def test_ser_s_thresholds(scores, kept):
 def test_ser_learns_from_its_own_verdict_whatever_the_label(base):
     """Steps on the pairs and on the same pairs with their labels flipped are one; and they are that of a plain loop."""
     c = make_config(**base | NEW["ser"])
-    t = Trainer(c)
-    pairs = t.pairs * 2
+    t = prepare(c)
+    pairs = t.data.pairs * 2
     flipped = [Preference(p.prompt, p.rejected, p.chosen) for p in pairs]
     weights, metrics = [], []
     for rows in (pairs, flipped):
@@ -96,7 +106,7 @@ def test_ser_learns_from_its_own_verdict_whatever_the_label(base):
 
 
 def test_ser_without_a_sure_pair_moves_nothing(base):
-    t = Trainer(make_config(**base | NEW["ser"]))
+    t = prepare(make_config(**base | NEW["ser"]))
     with torch.no_grad():
         t.reward_model.model.score.weight.zero_()  # all scores are .5
     before = copy.deepcopy(t.reward_model.model.state_dict())
@@ -110,8 +120,8 @@ def test_ser_without_a_sure_pair_moves_nothing(base):
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 1), (20, 0.75), (24, 0.5 + 0.5 * math.cos(0.4 * math.pi)), (60, 0.6)])
 def test_r2m_mixes_less_and_less_of_the_embedding(step, weight):
-    assert r2m.own_weight(step, 60) == pytest.approx(weight)
-    assert min(r2m.own_weight(t, 60) for t in range(61)) == 0.6
+    assert own_weight(step, 60) == pytest.approx(weight)
+    assert min(own_weight(t, 60) for t in range(61)) == 0.6
 
 
 def naive_entropy(rewards):
@@ -132,16 +142,16 @@ def test_r2m_loss_against_loops():
         if len(used) >= 2:
             entropies.append(naive_entropy(used))
             expected.append(0.7 * math.log(1 + math.exp(min(used) - max(used))) + 0.3 * entropies[-1])
-    found = r2m.group_reward_entropy(rewards[:3], eligible[:3])
+    found = group_reward_entropy(rewards[:3], eligible[:3])
     assert found.tolist() == pytest.approx(entropies) and found[2].item() == pytest.approx(math.log(6))
-    assert r2m.r2m_loss(rewards, eligible).item() == pytest.approx(sum(expected) / len(expected))
+    assert r2m_loss(rewards, eligible).item() == pytest.approx(sum(expected) / len(expected))
     rewards.requires_grad_()
-    (gradient,) = torch.autograd.grad(r2m.r2m_loss(rewards, eligible), rewards)
+    (gradient,) = torch.autograd.grad(r2m_loss(rewards, eligible), rewards)
     assert torch.isfinite(gradient).all() and not gradient[~eligible].any() and gradient[0].all()
     assert gradient.sum(1).abs().max() < 1e-12, "only differences within a group count"
     apart = rewards[:1] - 1e-3 * gradient[:1].sign()
-    assert r2m.r2m_loss(apart, eligible[:1]) < r2m.r2m_loss(rewards[:1], eligible[:1])
-    nobody = r2m.r2m_loss(rewards, torch.zeros_like(eligible))
+    assert r2m_loss(apart, eligible[:1]) < r2m_loss(rewards[:1], eligible[:1])
+    nobody = r2m_loss(rewards, torch.zeros_like(eligible))
     assert nobody.item() == 0 and nobody.requires_grad
 
 
@@ -149,7 +159,7 @@ def test_r2m_gradient_is_that_of_finite_differences():
     torch.manual_seed(2)
     rewards = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     eligible = torch.tensor([[1] * 5, [1, 1, 0, 1, 1], [0, 1, 0, 1, 0]], dtype=torch.bool)
-    assert torch.autograd.gradcheck(lambda r: r2m.r2m_loss(r, eligible), rewards)
+    assert torch.autograd.gradcheck(lambda r: r2m_loss(r, eligible), rewards)
 
 
 def test_cross_attention_against_loops_and_torch():
@@ -172,10 +182,10 @@ def test_cross_attention_against_loops_and_torch():
 
 def test_r2m_scores_are_those_of_each_response_alone(base):
     """The mixed reward, written down for one response at a time, without padding; gradients where they should be."""
-    t = Trainer(make_config(**base | NEW["r2m"], micro_batch_responses=5))
+    t = prepare(make_config(**base | NEW["r2m"], micro_batch_responses=5))
     rollout = rollout_of(t)
     groups = encode_groups(t.reward_model, rollout)
-    found = r2m.score(t, groups[1:], rollout, slice(1, 3), 2)
+    found = t.score(groups, rollout, slice(1, 3), 2).rewards
     found.sum().backward()
     w = max(0.5 * math.cos(math.pi * 2 / 3) + 0.5, 0.6)
     for b in (1, 2):
@@ -195,11 +205,11 @@ def test_r2m_scores_are_those_of_each_response_alone(base):
 
 
 def test_r2m_at_the_start_is_the_reward_model_itself(base):
-    t = Trainer(make_config(**base | NEW["r2m"] | dict(total_steps=100_000)))
+    t = prepare(make_config(**base | NEW["r2m"] | dict(total_steps=100_000)))
     rollout = rollout_of(t)
     groups = encode_groups(t.reward_model, rollout)
     with torch.no_grad():
-        mixed = r2m.score(t, groups, rollout, slice(0, 3), 1)
+        mixed = t.score(groups, rollout, slice(0, 3), 1).rewards
         for b, group in enumerate(groups):
             torch.testing.assert_close(mixed[b], t.reward_model.score(group).rewards, atol=1e-4, rtol=1e-4)
 
@@ -211,21 +221,26 @@ def test_prime_formulas_against_loops():
     torch.manual_seed(4)
     psi, ref = -torch.rand(2, 4, 5, dtype=torch.float64)
     mask = torch.arange(5) < torch.tensor([5, 3, 1, 4])[:, None]
-    q = prime.process_rewards(psi, ref)
-    logits = prime.outcome_logits(q, mask)
+    q = process_rewards(psi, ref)
+    logits = outcome_logits(q, mask)
     for n in range(4):
         total = sum(0.05 * (psi[n, t] - ref[n, t]).item() for t in range(5) if mask[n, t])
         assert logits[n].item() == pytest.approx(total)
     rewards = torch.tensor([[1.0, 2, 3, 10], [1, 1, 1, 1]])
     kept = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    assert prime.outcomes(rewards, kept)[0, :3].tolist() == [0, 0, 1], "the mean is that of the kept ones"
-    assert not prime.outcomes(rewards, kept)[1].any()
+    assert outcomes(rewards, kept)[0, :3].tolist() == [0, 0, 1], "the mean is that of the kept ones"
+    assert not outcomes(rewards, kept)[1].any()
+
+
+def improve_psi(t, *arguments):
+    name = "process_reward"
+    return prime.improve_process_reward(t.extras[name], t.engines[name], *arguments, t.config)
 
 
 def test_prime_trains_psi_by_cross_entropy_and_rewards_with_what_it_became(base):
     """One step against a plain transcription: each response alone, one AdamW step, then the process rewards."""
     c = make_config(**base | NEW["prime"], micro_batch_responses=3)
-    t = Trainer(c)
+    t = prepare(c)
     psi, ref = copy.deepcopy(t.extras["process_reward"]), t.reference
     rollout = rollout_of(t)
     rows = torch.tensor([0, 1, 3, 4, 5, 10])
@@ -255,31 +270,31 @@ def test_prime_trains_psi_by_cross_entropy_and_rewards_with_what_it_became(base)
         for i, n in enumerate(rows.tolist()):
             fixed = sequence_logprobs(ref, n)
             padded[i, : len(fixed)] = fixed
-    metrics = prime.improve(t, rollout, rows, wanted, padded)
+    metrics = improve_psi(t, rollout, rows, wanted, padded)
     assert metrics["process/loss"] == pytest.approx(loss.item(), abs=1e-5)
     with torch.no_grad():
         for n in rows.tolist():
             ours, theirs = (sequence_logprobs(m, n) for m in (t.extras["process_reward"], psi))
             torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
-    later = prime.improve(t, rollout, rows, wanted, padded)
+    later = improve_psi(t, rollout, rows, wanted, padded)
     assert later["process/loss"] < metrics["process/loss"]
 
 
 def test_prime_learns_the_outcome_and_gives_it_back_as_process_reward(base):
-    t = Trainer(make_config(**base | NEW["prime"]))
+    t = prepare(make_config(**base | NEW["prime"]))
     rollout = rollout_of(t)
     rows, size = torch.arange(12), rollout.completion_ids.shape[-1]
     mask = rollout.completion_mask.flatten(0, 1)
     wanted = (rollout.completion_ids[..., 0].flatten() % 2).float()  # of the first token alone
-    from savelib.rollout import completion_logprobs
+    from savelib.models.rollout import completion_logprobs
 
     with torch.no_grad():
         ref = completion_logprobs(t.reference, rollout, rows, t.config)
     for _ in range(40):
-        metrics = prime.improve(t, rollout, rows, wanted, torch.nn.functional.pad(ref, (0, size - ref.shape[1])))
+        metrics = improve_psi(t, rollout, rows, wanted, torch.nn.functional.pad(ref, (0, size - ref.shape[1])))
     assert metrics["process/accuracy"] == 1
     with torch.no_grad():
-        process = prime.process_rewards(completion_logprobs(t.extras["process_reward"], rollout, rows, t.config), ref)
+        process = process_rewards(completion_logprobs(t.extras["process_reward"], rollout, rows, t.config), ref)
     kept = torch.ones(3, 4, dtype=torch.bool)
     advantages = prime_advantages(process, torch.zeros(3, 4), kept, mask)  # from the process rewards alone
     for group in range(3):
@@ -294,7 +309,7 @@ def test_prime_learns_the_outcome_and_gives_it_back_as_process_reward(base):
 
 @pytest.mark.parametrize("name", NEW)
 def test_three_steps_move_what_they_should(base, name):
-    t = Trainer(make_config(**base | NEW[name]))
+    t = prepare(make_config(**base | NEW[name]))
     models = dict(reward=t.reward_model.model, policy=t.policy, ref=t.reference, value=t.reward_model.value_head)
     models |= t.extras
     before = {k: {n: p.detach().clone() for n, p in m.named_parameters()} for k, m in models.items()}
@@ -316,7 +331,7 @@ def test_three_steps_move_what_they_should(base, name):
 
 
 def test_r2m_with_adapters_leaves_those_of_the_reward_model_alone(base):
-    t = Trainer(make_config(**base | NEW["r2m"] | dict(lora_rank=4)))
+    t = prepare(make_config(**base | NEW["r2m"] | dict(lora_rank=4)))
     before = {n: p.detach().clone() for n, p in t.reward_model.model.named_parameters()}
     for step in (1, 2):
         metrics, _ = save_step(t, step)
@@ -326,7 +341,7 @@ def test_r2m_with_adapters_leaves_those_of_the_reward_model_alone(base):
 
 
 def test_the_policy_is_trained_with_the_mixed_rewards(base):
-    t = Trainer(make_config(**base | NEW["r2m"]))
+    t = prepare(make_config(**base | NEW["r2m"]))
     metrics, samples = save_step(t, 3)
     with torch.no_grad():
         for p in t.extras["policy_feedback"].parameters():
@@ -362,4 +377,4 @@ def test_what_cannot_be_is_said_before_anything_starts(base, values, said):
 def test_r2m_needs_a_head_that_reads_one_embedding(base, tmp_path):
     values = base | NEW["r2m"] | dict(reward_model=str(make_reward_model(tmp_path / "bert", kind="bert")))
     with pytest.raises(ConfigError, match="rule = 'r2m' needs a causal reward model"):
-        Trainer(make_config(**values))
+        prepare(make_config(**values))

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from savelib.benchmarks import BENCHMARKS, scoring
 from savelib.benchmarks.scoring import evaluate, score_file
 from savelib.config import ConfigError, make_config
-from savelib.models import load_reward_model
+from savelib.models.loading import load_reward_model
 
 CONFIG = make_config(device="cpu")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

@@ -6,9 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from savelib import simulation
-from savelib.rules import RULES
-from savelib.simulation import (
+from savelib.experiments import simulation
+from savelib.experiments.simulation import (
     FORMS,
     Setting,
     Worlds,
@@ -20,6 +19,7 @@ from savelib.simulation import (
     trajectory,
     two_clusters,
 )
+from savelib.method import RULES
 
 SEEDS = range(4)
 

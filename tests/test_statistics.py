@@ -9,8 +9,8 @@ from scipy.stats import norm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from savelib import statistics
-from savelib.benchmarks.base import Result, Stratum
+from savelib.benchmarks import statistics
+from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
 
 

@@ -14,8 +14,7 @@ from scipy import stats
 
 from savelib.cli import _values
 from savelib.config import ConfigError, make_config
-from savelib.runlog import read_metrics
-from savelib.study import (
+from savelib.experiments.study import (
     MEASURED,
     _as_text,
     courses,
@@ -28,6 +27,7 @@ from savelib.study import (
     tidy,
     write_tables,
 )
+from savelib.runs.folder import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "data" / "studies").glob("table*.yaml"))

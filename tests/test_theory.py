@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny_models import make_policy
 
-from savelib import theory
 from savelib.config import ConfigError, make_config
-from savelib.data import Prompt
-from savelib.loop import Trainer
-from savelib.models import load_policy
-from savelib.rollout import completion_logprobs, sample
-from savelib.theory import CONDITIONS, conditions, derivative, gold_scale, pair_derivative, verdict
+from savelib.data.pairs_and_prompts import Prompt
+from savelib.experiments import theory
+from savelib.experiments.theory import CONDITIONS, conditions, derivative, gold_scale, pair_derivative, verdict
+from savelib.models.loading import load_policy
+from savelib.models.rollout import completion_logprobs, sample
+from savelib.training.algorithm import prepare
+from savelib.training.trainer import Trainer
 
 LOGITS, ALONG = torch.tensor([0.3, -0.5], dtype=torch.float64), torch.tensor([0.7, 0.2], dtype=torch.float64)
 REWARD = torch.tensor([1.5, -0.4], dtype=torch.float64)  # of each token
@@ -78,12 +79,12 @@ def test_forward_mode_is_each_responses_own_gradient(tmp_path):
 
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
-    return Trainer(make_config(rule="frozen"))
+    return prepare(make_config(rule="frozen"))
 
 
 def test_on_its_own_samples_the_reward_rises_by_the_gradients_length(trainer):
     torch.manual_seed(0)
-    drawn = theory.draw(trainer, trainer.prompts[:6], 8)
+    drawn = theory.draw(trainer, trainer.data.prompts[:6], 8)
     gradient, kl = theory.gradients(trainer, drawn)
     scores = theory.directional_scores(trainer.policy, drawn.rollout, gradient / gradient.norm(), trainer.config)
     assert derivative(drawn.rewards, scores).mean().item() == pytest.approx(gradient.norm().item(), rel=1e-3)
@@ -114,7 +115,7 @@ def test_on_other_samples_it_rises_too_and_kl_does_away_from_the_reference(train
 
 def test_pairs_are_right_against_wrong_and_their_share_is_no_change(trainer):
     torch.manual_seed(0)
-    drawn = theory.draw(trainer, trainer.prompts[:2], 5)
+    drawn = theory.draw(trainer, trainer.data.prompts[:2], 5)
     terms, there = theory.pair_terms(drawn)
     losses = [
         torch.nn.functional.softplus(b - a).item()
@@ -138,7 +139,7 @@ def test_gold_scale_is_the_class_means():
 def test_cut_sampling_is_refused(trainer):
     config, trainer.config = trainer.config, trainer.config.model_copy(update={"top_p": 0.8})
     with pytest.raises(ConfigError, match="top_p = 0.8"):
-        theory.draw(trainer, trainer.prompts[:1], 2)
+        theory.draw(trainer, trainer.data.prompts[:1], 2)
     trainer.config = config
 
 

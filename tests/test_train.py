@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from savelib.cli import app, summary
 from savelib.config import ConfigError, make_config
-from savelib.runlog import read_config, read_manifest, read_metrics, read_samples
-from savelib.train import train
+from savelib.runs.folder import read_config, read_manifest, read_metrics, read_samples
+from savelib.runs.train import train
 
 
 @pytest.fixture(scope="module")

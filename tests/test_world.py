@@ -10,12 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from savelib import world
 from savelib.config import make_config
-from savelib.data import train_and_heldout_preferences
-from savelib.evaluation import RESPONSES, evaluate
-from savelib.loop import Trainer, policy_source, seed_everything, shared_sample
+from savelib.data import world
+from savelib.data.pairs_and_prompts import train_and_heldout_preferences
+from savelib.models.compute import seed_everything
+from savelib.models.loading import policy_source
+from savelib.models.rollout import shared_sample
 from savelib.paths import atomic_folder, cache_dir
+from savelib.training.algorithm import prepare
+from savelib.training.evaluation import RESPONSES, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +177,12 @@ def test_the_pairs_may_come_from_another_policy_than_the_one_that_is_trained():
 
 
 def test_evaluation_equals_a_plain_one():
-    t = Trainer(make_config(world_seed=0, eval_prompts=12, batch_size=4))
+    t = prepare(make_config(world_seed=0, eval_prompts=12, batch_size=4))
     with torch.no_grad():
         t.reward_model.value_head[-1].weight.normal_(0, 0.3)  # so that V is far from the rewards' mean
     found = evaluate(t)
     seed_everything("evaluation", 0)
-    prompts, rewards, values, gold = t.heldout_prompts[::16][:12], [], [], []
+    prompts, rewards, values, gold = t.data.heldout_prompts[::16][:12], [], [], []
     for i in range(0, 12, 4):
         rollout = shared_sample(t.policy, t.tokenizer, prompts[i : i + 4], RESPONSES, t.config)
         for prompt, texts in zip(rollout.prompts, rollout.texts, strict=True):

@@ -111,7 +111,7 @@ def paper_run(folder: Path, architecture: str = "qwen2") -> dict:
 
 def centre_rewards(source: str, folder: Path) -> str:
     """A copy of a reward model whose rewards of PAIRS have mean 0 and sd 2: one that SER is sure of now and then."""
-    from savelib.models import RewardModel  # after the environment is set
+    from savelib.models.reward_model import RewardModel  # after the environment is set
 
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     rm = RewardModel(model.eval(), tokenizer)

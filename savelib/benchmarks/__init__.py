@@ -1,7 +1,7 @@
 """Benchmarks of reward models by name. Each gives rows (hub id or local file) and figures (of scores)."""
 
 from savelib.benchmarks import judgebench, ppe, rewardbench, rewardbench2, rmbench
-from savelib.benchmarks.base import Benchmark
+from savelib.benchmarks.rows import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark

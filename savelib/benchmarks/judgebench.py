@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from savelib.benchmarks import base
-from savelib.benchmarks.base import Benchmark, Result, Row, Scores, Stratum
+from savelib.benchmarks import rows as base
+from savelib.benchmarks.rows import Benchmark, Row, Scores
+from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
-from savelib.data import Preference
+from savelib.data.pairs_and_prompts import Preference
 
 CATEGORIES = {  # beginning of `source` -> category
     "mmlu-pro": "knowledge",

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from savelib.benchmarks import base
-from savelib.benchmarks.base import Benchmark, Result, Row, Scores, Stratum
+from savelib.benchmarks import rows as base
+from savelib.benchmarks.rows import Benchmark, Row, Scores
+from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
 from savelib.paths import resolve
 

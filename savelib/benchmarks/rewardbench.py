@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from savelib.benchmarks import base
-from savelib.benchmarks.base import Benchmark, Result, Row, Scores, Stratum
+from savelib.benchmarks import rows as base
+from savelib.benchmarks.rows import Benchmark, Row, Scores
+from savelib.benchmarks.statistics import Result, Stratum
 
 SECTIONS = {  # section -> subset -> weight: its number of rows, but for math-prm, which has 447
     "Chat": {

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from savelib.benchmarks import base
-from savelib.benchmarks.base import Benchmark, Result, Row, Scores, Stratum
+from savelib.benchmarks import rows as base
+from savelib.benchmarks.rows import Benchmark, Row, Scores
+from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
 
 DOMAINS = ("chat", "math", "code", "safety")  # safety-refuse and safety-response are one domain

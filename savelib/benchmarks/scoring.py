@@ -25,9 +25,13 @@ from safetensors import safe_open
 
 from savelib import __version__
 from savelib.benchmarks import BENCHMARKS
-from savelib.benchmarks.base import FORMATS, Benchmark, Result, Row, Scores, file_rows
+from savelib.benchmarks.rows import FORMATS, Benchmark, Row, Scores, file_rows
+from savelib.benchmarks.statistics import Result
 from savelib.config import Config, ConfigError, make_config
-from savelib.models import VALUE_HEAD_FILE, Encoded, RewardModel, autocast, load_reward_model, pick_device, render
+from savelib.data.chat import render
+from savelib.models.compute import autocast, pick_device
+from savelib.models.loading import load_reward_model
+from savelib.models.reward_model import VALUE_HEAD_FILE, Encoded, RewardModel
 from savelib.paths import resolve, sync, write_atomically
 
 Truncation = Literal["left", "right", "refuse"]
@@ -78,7 +82,7 @@ def read_scores(benchmark: Benchmark, file: str) -> Scores:
 
 def as_json(benchmark: Benchmark, result: Result) -> dict[str, Any]:
     """What score_file returns."""
-    from savelib.statistics import interval  # slow to import
+    from savelib.benchmarks.statistics import interval  # slow to import
 
     figures = {"benchmark": benchmark.name, "overall": result.overall, "parts": result.parts, "n": result.n}
     out = figures | {"ci95": list(interval(result)), "counts": result.counts} | result.more

@@ -1,0 +1,127 @@
+"""Responses of a policy to the prompts of AlpacaEval 2 and Arena-Hard v2.0, in the shapes of the benchmarks' own files.
+
+Prompts and responses are read from JSON lists or JSONL. AlpacaEval: `instruction`, `output`, `generator`, `dataset`
+(of an annotation file, with its `output_1`, too). Arena-Hard: `uid`, `prompt`, `category` of a question; `uid`,
+`model`, `messages`, `metadata` of an answer.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from savelib.benchmarks.judged.answers import (
+    TEXT,
+    Log,
+    Row,
+    _files,
+    by_id,
+    count_style,
+    digest,
+    output,
+    read_rows,
+    text_of,
+    write_rows,
+)
+from savelib.config import Config, make_config
+from savelib.data.chat import render
+from savelib.data.pairs_and_prompts import Prompt
+from savelib.models.compute import pick_device
+from savelib.models.loading import load_policy, policy_source
+from savelib.models.rollout import sample
+from savelib.paths import resolve
+
+SAMPLING = ("seed", "temperature", "top_p", "top_k", "max_new_tokens", "precision")
+TABLE8 = {"profile": "paper", "num_processes": 1, "backend": "ddp", "max_prompt_tokens": 16384}  # in one process
+SHOWN_EVERY = 10  # seconds between lines of progress
+
+
+def generate(
+    policy: str,
+    benchmark: str,
+    prompts: str | Path,
+    out: str | Path,
+    config: Config | None = None,
+    name: str | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+) -> Row:
+    """Sample one response to each prompt and write them all to `out`, a JSON list or JSONL by its ending; say how many.
+
+    policy: folder, hub id, smollm2 or embedded; benchmark: alpaca or arena; name: of the policy in the file.
+    config: sampling and device, by default table 8's with prompts of up to 16,384 tokens.
+    count_tokens: for Arena-Hard's `token_len`, by default the policy's tokenizer. Style control against published
+    baselines wants theirs: `lambda text: len(tiktoken.encoding_for_model("gpt-4o").encode(text))`.
+    Responses are kept in `<out>.partial.jsonl` as they come, and are not sampled again: interrupt it and call again.
+    A response's random numbers depend on its id and config.seed alone. `out` is written when all are there.
+    Raises ConfigError for bad prompts.
+    """
+    config = config or make_config(**TABLE8)
+    asked = by_id(read_rows(prompts, "prompts"), benchmark, f"prompts = {str(prompts)!r}")
+    texts = {i: text_of(row, TEXT[benchmark], f"prompts: {i[:60]!r}") for i, row in asked.items()}
+    source = resolve(policy_source(config.model_copy(update={"policy_model": str(policy)})))
+    name = name or Path(policy).name
+    made_with = [source, _files(Path(source)), config.only(*SAMPLING)]
+    keys = {i: digest(made_with, i, text) for i, text in texts.items()}
+    with Log(Path(f"{out}.partial.jsonl")) as log:
+        done = {row["key"]: row for row in log.rows}
+        todo = [Prompt(i, [{"role": "user", "content": text}]) for i, text in texts.items() if keys[i] not in done]
+        if todo:
+            model, tokenizer = load_policy(source, pick_device(config.device, config.threads))
+            todo.sort(key=lambda p: -len(render(tokenizer, p.messages)))  # the longest first: what fails, fails at once
+            count = count_tokens or (lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        progress = Progress("responses", len(texts), len(texts) - len(todo))
+        for start in range(0, len(todo), config.rollout_rows):
+            batch = todo[start : start + config.rollout_rows]
+            uniforms = torch.stack([_uniforms(p.id, config) for p in batch])
+            rollout = sample(model, tokenizer, batch, 1, config, uniforms)
+            for prompt, [text], finished in zip(batch, rollout.texts, rollout.finished[:, 0].tolist(), strict=True):
+                row = {"key": keys[prompt.id], "output": text, "finished": finished, "token_len": count(text)}
+                done[row["key"]] = log.append(row)
+            progress(len(batch))
+    rows = [_shaped(benchmark, asked[i], texts[i], name, done[keys[i]]) for i in texts]
+    write_rows(Path(out), rows)
+    return {
+        "responses": len(rows),
+        "unfinished": sum(not row["finished"] for row in rows),
+        "empty": sum(not output(row, benchmark).strip() for row in rows),
+    }
+
+
+def _uniforms(name: str, config: Config) -> torch.Tensor:
+    """The random numbers of a response's tokens [max_new_tokens]."""
+    seed = int(digest("response", config.seed, name)[:15], 16)
+    return torch.rand(config.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def _shaped(benchmark: str, asked: Row, prompt: str, name: str, made: Row) -> Row:
+    """A response as the benchmark's own files have it; `finished` is ours: whether an end token was sampled."""
+    if benchmark == "alpaca":
+        row = {"instruction": prompt, "output": made["output"], "generator": name, "dataset": asked.get("dataset", "")}
+        return row | {"finished": made["finished"]}
+    said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": {"answer": made["output"]}}]
+    metadata = {"token_len": made["token_len"]} | count_style(made["output"])
+    return {"uid": asked["uid"], "model": name, "messages": said, "metadata": metadata, "finished": made["finished"]}
+
+
+# files
+
+
+class Progress:
+    """`progress(n)` after n more: a line on stderr every few seconds, with the time left."""
+
+    def __init__(self, what: str, total: int, before: int = 0):
+        self.what, self.total, self.before, self.done = what, total, before, before
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, more: int = 1) -> None:
+        self.done += more
+        now = time.monotonic()
+        ended = self.done == self.total and self.shown > self.start  # what is done at once needs no line
+        if now - self.shown >= SHOWN_EVERY or ended:
+            left = (now - self.start) / (self.done - self.before) * (self.total - self.done)
+            print(f"{self.done}/{self.total} {self.what}  {left:.0f} s left", file=sys.stderr, flush=True)
+            self.shown = now

@@ -1,0 +1,266 @@
+"""What all reward-model benchmarks share: rows to be scored, their files, and figures made of strata."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from savelib.benchmarks.statistics import Result
+from savelib.config import ConfigError
+from savelib.data.chat import Messages
+from savelib.data.hub import explain
+from savelib.paths import resolve
+
+Scores = dict[str, list[float]]  # row id -> one score a response
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with the responses that a reward model scores. facts: what the aggregate needs besides the scores.
+
+    group: the part of the benchmark, which tells apart rows whose ids are the same in the file.
+    counts: False where no figure rests on the row (a tied vote): it is not scored, and its scores may be missing.
+    """
+
+    id: str
+    prompt: Messages
+    responses: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    group: str = ""
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark in two halves: `rows` reads a hub id, file or folder; `aggregate` makes figures of scores."""
+
+    name: str
+    source: str  # hub id, of which `rows` knows the split
+    size: int  # rows of the published benchmark
+    files: tuple[str, ...]  # patterns of its own file names, which a data folder is searched for
+    rows: Callable[[str], list[Row]]
+    aggregate: Callable[[list[Row], Scores], Result]
+    id_field: str = "id"  # of a score file's lines
+    score_fields: tuple[str, ...] = ("scores",)  # of the same length, one after the other
+
+    def read_scores(self, line: dict[str, Any]) -> tuple[str, list[float]]:
+        """One line of a score file -> (id, scores). Raises ConfigError for a missing field or no list."""
+        for name in (self.id_field, *self.score_fields):
+            if name not in line:
+                raise ConfigError(f"no field {name!r}; it has {', '.join(map(repr, line)) or 'none'}")
+        parts = [line[name] for name in self.score_fields]
+        if not all(isinstance(part, list) for part in parts) or len({len(part) for part in parts}) > 1:
+            raise ConfigError(f"{' and '.join(self.score_fields)} must be {self._lists}, not {str(parts)[:60]}")
+        return str(line[self.id_field]), sum(parts, [])
+
+    def write_scores(self, row_id: str, scores: list[float]) -> dict[str, Any]:
+        """What read_scores reads."""
+        each = len(scores) // len(self.score_fields)
+        parts = {name: scores[i * each : (i + 1) * each] for i, name in enumerate(self.score_fields)}
+        return {self.id_field: row_id} | parts
+
+    @property
+    def _lists(self) -> str:
+        return "a list" if len(self.score_fields) == 1 else "lists of the same length"
+
+
+# scores
+
+
+def _finite(score: Any) -> bool:
+    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+
+
+def check_scores(rows: list[Row], scores: Scores) -> None:
+    """Raise ConfigError unless there is one finite score for each response of each row, and none for others."""
+    expected = {row.id: len(row.responses) for row in rows}
+    problems = {
+        "missing": [row.id for row in rows if row.counts and row.id not in scores],
+        "not in the benchmark": [i for i in scores if i not in expected],
+        "with another number of scores": [i for i in expected if i in scores and len(scores[i]) != expected[i]],
+        "with a score that is no finite number": [i for i in scores if not all(map(_finite, scores[i]))],
+    }
+    said = [f"{len(ids)} {what}, the first {ids[0]!r}" for what, ids in problems.items() if ids]
+    if said:
+        raise ConfigError(f"scores do not fit the benchmark's {len(rows)} rows: {'; '.join(said)}; no total is given")
+
+
+# files -> rows
+
+
+def read_rows(
+    source: str, field: str, split: str, convert: Callable[[dict[str, Any], str], Row], files: Iterable[str] = ()
+) -> list[Row]:
+    """All rows of a file, a folder's files of the first pattern that is there, or a hub dataset's split, in order.
+
+    convert(row, file or hub id) makes a Row, and raises ConfigError naming the column of a bad one.
+    Raises ConfigError naming the file, the number of bad rows, the first of them and its column.
+    """
+    path = Path(resolve(source))
+    if path.is_dir():
+        found = next((f for f in (matching(path, [pattern]) for pattern in files) if f), None)
+        if not found:
+            raise ConfigError(f"{field} = {source!r}: the folder has no file named {' or '.join(files)}")
+        parts = [(str(file), raw) for file in found for raw in file_rows(file, field)]
+    elif path.is_file():
+        parts = [(str(path), raw) for raw in file_rows(path, field)]
+    else:
+        parts = [(source, raw) for raw in _hub_rows(source, field, split)]
+    if not parts:
+        raise ConfigError(f"{field} = {source!r} has no rows")
+    rows, bad = [], []
+    for where, (number, row) in parts:
+        try:
+            rows.append(convert(row, where))
+        except ConfigError as error:
+            bad.append(f"{where}, row {number}: {error}")
+    if bad:
+        raise ConfigError(f"{field} = {source!r}: {len(bad)} of {len(parts)} rows are bad, the first: {bad[0]}")
+    return distinct(rows, f"{field} = {source!r}")
+
+
+def matching(folder: Path, files: Iterable[str]) -> list[Path]:
+    """The files of a folder, at any depth, whose names have one of these patterns and a readable format."""
+    found = {f for pattern in files for f in folder.rglob(pattern) if f.is_file()}
+    return sorted(f for f in found if f.name.endswith(FORMATS))
+
+
+def file_rows(path: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of a .jsonl, .jsonl.gz, .json (an array, or as .jsonl) or .parquet file; numbers begin at 1."""
+    if not path.name.endswith(FORMATS):
+        raise ConfigError(f"{field}: {path} must end in {', '.join(FORMATS)}")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{field}: {path} is not a readable Parquet file: {error}") from None
+        return
+    try:
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{field}: {path} cannot be read: {error}") from None
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            rows, bad = json.loads(text), []
+        except ValueError as error:
+            raise ConfigError(f"{field}: {path} is not valid JSON (cut off?): {error}") from None
+        rows = list(enumerate(rows, 1))
+    else:
+        rows, bad = _lines(text)
+    bad += [f"row {i} holds a {type(row).__name__}, not an object" for i, row in rows if not isinstance(row, dict)]
+    if bad:
+        raise ConfigError(f"{field}: {path}: {len(bad)} of {len(rows)} rows cannot be read, the first: {bad[0]}")
+    yield from rows
+
+
+def _lines(text: str) -> tuple[list[tuple[int, Any]], list[str]]:
+    """((number, value) of each line of a JSONL text, what is wrong with lines)."""
+    rows, bad = [], []
+    for i, line in enumerate(text.split("\n")[: -1 if text.endswith("\n") else None] if text else [], 1):
+        value: Any = {}
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            bad.append(f"row {i} is not valid JSON ({str(error).split(':')[0] if line.strip() else 'an empty line'})")
+        rows.append((i, value))
+    return rows, bad
+
+
+def _hub_rows(source: str, field: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    if source.endswith(FORMATS) or source.count("/") != 1:
+        raise ConfigError(f"{field} = {source!r}: no such file or folder, and not a hub id (owner/name)")
+
+    import datasets  # slow to import
+
+    try:
+        data = datasets.load_dataset(source)
+    except Exception as error:  # whatever the hub client raises: offline, missing, gated, broken files
+        raise ConfigError(explain(error, "benchmark", source)) from None
+    if split not in data:
+        raise ConfigError(f"{field} = {source!r}: no split {split!r}; it has {', '.join(map(repr, data))}")
+    yield from enumerate(data[split], 1)
+
+
+def distinct(rows: list[Row], field: str) -> list[Row]:
+    """The rows, with `group:` before ids that the file has more than once. Raises ConfigError where that is no help."""
+    doubled = {i for i, n in Counter(row.id for row in rows).items() if n > 1}
+    rows = [replace(row, id=f"{row.group}:{row.id}") if row.id in doubled else row for row in rows]
+    doubled = [i for i, n in Counter(row.id for row in rows).items() if n > 1]
+    if doubled:
+        raise ConfigError(f"{field}: {len(doubled)} ids are there more than once, the first {doubled[0]!r}")
+    return rows
+
+
+# columns
+
+
+def column(row: dict[str, Any], name: str) -> Any:
+    """row[name]. Raises ConfigError where it is missing or null."""
+    if row.get(name) is None:
+        raise ConfigError(f"no column {name!r}; it has {', '.join(k for k in row if row[k] is not None) or 'none'}")
+    return row[name]
+
+
+def text(row: dict[str, Any], name: str) -> str:
+    """A column that holds a text. Raises ConfigError where it is empty."""
+    return _text(column(row, name), name)
+
+
+def texts(row: dict[str, Any], name: str, count: int | None = None) -> list[str]:
+    """A column that holds a list of texts, `count` of them if that is given."""
+    values = column(row, name)
+    if not isinstance(values, list) or not values or (count and len(values) != count):
+        raise ConfigError(f"column {name!r} must be a list of {count or 'one or more'} texts: {str(values)[:60]!r}")
+    return [_text(value, f"{name}[{i}]") for i, value in enumerate(values)]
+
+
+def choice(row: dict[str, Any], name: str, values: Iterable[str]) -> str:
+    """A column that holds one of these values."""
+    value = column(row, name)
+    if value not in values:
+        raise ConfigError(f"column {name!r} = {value!r} must be one of {', '.join(values)}")
+    return value
+
+
+def prompt(row: dict[str, Any], name: str = "prompt") -> Messages:
+    """The column as one user turn."""
+    return [{"role": "user", "content": text(row, name)}]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"column {name!r} is empty or no text: {str(value)[:60]!r}")
+    return value
+
+
+# scores -> figures
+
+
+def scored(rows: list[Row], scores: Scores) -> list[tuple[Row, list[float]]]:
+    """(row, its scores) of the rows that count, after check_scores."""
+    check_scores(rows, scores)
+    found = [(row, scores[row.id]) for row in rows if row.counts]
+    if not found:
+        raise ConfigError(f"none of the {len(rows)} rows counts")
+    return found
+
+
+def grouped(found: list[tuple[Row, list[float]]]) -> dict[str, list[tuple[Row, list[float]]]]:
+    """group -> its (row, scores)."""
+    groups: dict[str, list[tuple[Row, list[float]]]] = {}
+    for row, values in found:
+        groups.setdefault(row.group, []).append((row, values))
+    return groups
+
+
+def percent(value: float) -> float:
+    return 100 * float(value)

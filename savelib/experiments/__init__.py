@@ -1,0 +1,1 @@
+"""Studies and measurements; nothing below imports them."""

@@ -1,0 +1,129 @@
+"""Table 1's rows: how one step updates the reward model.
+
+Each rule is an anchor, the groups that have a loss, and the loss.
+A new rule is one function and one line in RULES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from savelib.method.equations import Partition, save_loss
+from savelib.method.variants import (
+    hl_bt_loss,
+    mirrored_save_loss,
+    r2m_loss,
+    self_labelled,
+    spread_loss,
+    zero_net_force,
+)
+
+MEMORY = 0.9  # of `running_mean`, from a step to the next
+
+T = TypeVar("T", float, Tensor)
+GroupLoss = Callable[[Tensor, Tensor | None, Partition, Tensor], Tensor]
+PairLabels = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to improve the reward model on a batch.
+
+    anchor: what responses are measured against: V(x) of the value head, the group's mean reward, or nothing (then
+        nothing is filtered, and no value head is trained).
+    loss: (rewards [B,G], anchors [B] or None, partition, eligible [B,G]) -> mean over the groups that `groups` names.
+    groups: (partition, eligible [B,G]) -> bool [B], the groups that have a loss; the others get no backward.
+    otherwise: the loss in its place while most responses look right (the lead is above 0); None: there is no other.
+    pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
+        rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
+    extra: name of a module that is trained on the same loss and takes part in scoring (`training.trainer.EXTRAS`).
+    backbone: whether omega is trained at all.
+    """
+
+    description: str
+    anchor: Literal["value", "group_mean"] | None = None
+    loss: GroupLoss | None = None
+    groups: Callable[[Partition, Tensor], Tensor] | None = None
+    otherwise: GroupLoss | None = None
+    pairs: PairLabels | None = None
+    extra: str | None = None
+    backbone: bool = True
+
+
+def running_mean(before: T | None, now: T) -> T:
+    """The running mean of what each step gives; before: None at the first step."""
+    return now if before is None else MEMORY * before + (1 - MEMORY) * now
+
+
+def as_labelled(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pair as its label has it."""
+    return chosen, rejected
+
+
+def _valid(partition: Partition, eligible: Tensor) -> Tensor:
+    return partition.valid
+
+
+def _two_eligible(partition: Partition, eligible: Tensor) -> Tensor:
+    return eligible.sum(-1) >= 2
+
+
+def _save(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return save_loss(rewards, anchors, partition)
+
+
+def _save_mirrored(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return mirrored_save_loss(rewards, anchors, partition)
+
+
+def _save_zero_net_force(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return save_loss(zero_net_force(rewards, eligible), anchors, partition)
+
+
+def _spread(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
+    return spread_loss(rewards, eligible)
+
+
+def _hl_bt(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor) -> Tensor:
+    return hl_bt_loss(rewards, eligible)
+
+
+def _r2m(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor) -> Tensor:
+    return r2m_loss(rewards, eligible)
+
+
+RULES: dict[str, Rule] = {
+    "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, _valid),
+    "save_either_way": Rule(
+        "ours: SAVE, or its mirror image while the responses' mean reward is above the preference pairs'",
+        "value",
+        _save,
+        _valid,
+        otherwise=_save_mirrored,
+    ),
+    "save_zero_net_force": Rule(
+        "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, _valid
+    ),
+    "spread": Rule(
+        "ours: widens the spread of each group's rewards; V serves the policy's filter alone",
+        "value",
+        _spread,
+        _two_eligible,
+    ),
+    "mean_reward": Rule("SAVE with the group's mean reward in the place of V(x)", "group_mean", _save, _valid),
+    "hl_bt": Rule("Bradley-Terry on the highest and the lowest reward of each group", None, _hl_bt, _two_eligible),
+    "offline_bt": Rule("continual offline training: Bradley-Terry on the preference pairs", pairs=as_labelled),
+    "ser": Rule("SER: Bradley-Terry on the preference pairs, labelled by the reward model itself", pairs=self_labelled),
+    "r2m": Rule(
+        "R2M: the reward head reads the policy's hidden states too, through a cross-attention",
+        loss=_r2m,
+        groups=_two_eligible,
+        extra="policy_feedback",
+        backbone=False,
+    ),
+    "frozen": Rule("the reward model never moves: plain RL"),
+}

@@ -1,0 +1,80 @@
+"""Device, precision, seeds and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import resource
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from savelib.config import ConfigError
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the next reading be the peak from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB since the last reset: the allocator's peak on CUDA, the process's resident peak elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20  # KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+
+
+def pick_device(name: str, threads: int = 0) -> torch.device:
+    """The device of that name, `auto` being CUDA where there is one; from now on `threads` CPU threads (0: torch's)."""
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bfloat16 arithmetic on CUDA when asked for; nothing on CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and precision == "bfloat16")
+
+
+@contextlib.contextmanager
+def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Gradient checkpointing for the forwards inside. Only the layers' own flag is set, so dropout stays off."""
+    on = on and torch.is_grad_enabled()
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
+    for layer in layers:
+        layer.gradient_checkpointing = layer.training = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
+
+
+def is_recomputing(model: nn.Module) -> bool:
+    return any(
+        m.gradient_checkpointing and m.training for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    )
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed torch from a few numbers or names; each step has its own seed, so a resumed run draws the same."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7]))

@@ -1,0 +1,103 @@
+"""The policy and the reward model: where they come from, and how they are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from savelib.config import Config, ConfigError
+from savelib.data import world
+from savelib.data.chat import load_tokenizer
+from savelib.data.hub import from_pretrained
+from savelib.data.smollm2 import smollm2_path
+from savelib.models.adapters import base_settings, with_adapters
+from savelib.models.reward_model import VALUE_HEAD_FILE, RewardModel
+from savelib.paths import resolve
+
+
+def load_policy(
+    source: str, device: torch.device, config: Config | None = None, trained: Path | None = None
+) -> tuple[nn.Module, Any]:
+    """(causal LM in float32, tokenizer). With a config: the policy that it trains, with its adapters or in 4 bits.
+
+    trained: a folder with what was trained from `source` on: the whole model, or its adapters.
+    """
+    tokenizer = load_tokenizer(source, "policy_model")
+    whole = trained is not None and (trained / "config.json").is_file()
+    settings = base_settings(config, device) if config else {"dtype": torch.float32}
+    model = from_pretrained(
+        AutoModelForCausalLM, str(trained) if whole else source, "policy_model", use_safetensors=True, **settings
+    )
+    model = model.eval() if "device_map" in settings else model.to(device).eval()
+    return with_adapters(model, config, "CAUSAL_LM", trained) if config else model, tokenizer
+
+
+def load_reward_model(
+    source: str, config: Config, device: torch.device, trained: Path | str | None = None
+) -> RewardModel:
+    """A reward model from a hub id or folder, float32, with its value head if one lies beside it.
+
+    A causal LM without a reward head gets one of zeros (stage 1 trains it). trained: a folder with what was trained
+    from `source` on: the value head, and the whole model or the adapters, if they were.
+    Raises ConfigError for a model with more than one label, none at all, or no chat template.
+    """
+    tokenizer = load_tokenizer(source, "reward_model")
+    trained = Path(trained) if trained else None
+    path = resolve(str(trained) if trained and (trained / "config.json").is_file() else source)
+    settings = base_settings(config, device) | {"num_labels": _labels(path), "output_loading_info": True}
+    model, info = from_pretrained(
+        AutoModelForSequenceClassification, path, "reward_model", use_safetensors=True, **settings
+    )
+    if model.config.num_labels != 1:
+        raise ConfigError(
+            f"reward_model = {source!r} has {model.config.num_labels} labels; a scalar reward model has exactly 1"
+        )
+    if model.config.get_text_config().pad_token_id is None and tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if any("score" in key or "classifier" in key for key in info["missing_keys"]):
+        backbone = {id(p) for p in model.base_model.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in backbone:
+                nn.init.zeros_(parameter)
+    model = model if config.load_in_4bit else model.to(device)
+    model = with_adapters(model.eval(), config, "SEQ_CLS", trained)
+    rm = RewardModel(model, tokenizer, value_head=config.value_head, value_position=config.value_position)
+    head_file = (trained or Path(path)) / VALUE_HEAD_FILE
+    if head_file.is_file():
+        with safe_open(head_file, "pt") as f:
+            made = json.loads((f.metadata() or {}).get("made_with", "{}"))
+        wanted = {"value_head": config.value_head, "value_position": config.value_position}
+        if made != wanted:
+            raise ConfigError(
+                f"{head_file}: its value head was made with {made or 'other code'}, this run asks for {wanted}"
+            )
+        rm.value_head.load_state_dict(load_file(head_file))
+    return rm
+
+
+def _labels(path: str) -> int:
+    """1 for a causal LM that is to become a reward model; what its config says for a classifier."""
+    found = from_pretrained(AutoConfig, path, "reward_model")
+    classifier = any("SequenceClassification" in name for name in found.architectures or [])
+    return found.num_labels if classifier else 1
+
+
+def policy_source(config: Config) -> str:
+    """Folder or hub id of the initial policy."""
+    if config.policy_model == "embedded":
+        return str(world.build_policy(config.world_seed, config.start_share))
+    return str(smollm2_path()) if config.policy_model == "smollm2" else config.policy_model
+
+
+def reward_source(config: Config) -> str:
+    """Folder or hub id of what stage 1 starts from."""
+    if config.reward_model == "embedded":
+        return str(world.build_backbone(config.world_seed))
+    return str(smollm2_path()) if config.reward_model == "smollm2" else config.reward_model

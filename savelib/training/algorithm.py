@@ -1,0 +1,151 @@
+"""SAVE from start to end: stages 1 and 2, then one step of algorithms 1 and 2. The equations are in `savelib.method`.
+
+A step runs the reward model twice: once with gradients (R, V, the filter, the loss) and once without, after its
+update (input of the value head, rewards of the policy). Groups without contrast get no backward pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from savelib.config import Config
+from savelib.method import running_mean, value_loss
+from savelib.models.compute import seed_everything
+from savelib.models.reward_model import Encoded
+from savelib.models.rollout import Rollout
+from savelib.processes import gathered, share, summed
+from savelib.training.metrics import Clock, describe, sample_rows
+from savelib.training.policy_update import improve_policy
+from savelib.training.scoring import (
+    Feedback,
+    GroupScores,
+    check_finite,
+    encode_groups,
+    encode_pairs,
+    micro_batches,
+    score_groups,
+)
+from savelib.training.stages import anchor_stage, bradley_terry_step, preference_stage
+from savelib.training.trainer import Trainer, load_data
+
+
+def prepare(config: Config, checkpoint: Path | None = None) -> Trainer:
+    """Stages 1 and 2, computed or read from the cache, then the models of the loop.
+
+    checkpoint: the folder that policy, reward model and value head are taken from instead.
+    """
+    data = load_data(config)
+    reward_model = preference_stage(config, data.pairs)  # eq. 2, 11
+    value_head = None if checkpoint else anchor_stage(config, reward_model, data.prompts)  # eq. 12
+    return Trainer(config, data, reward_model, value_head, checkpoint)
+
+
+def save_step(t: Trainer, step: int, clock: Clock | None = None) -> tuple[dict[str, float], list[dict]]:
+    """Step `step` (from 1) of algorithms 1 and 2: (metrics of all processes, logged samples).
+
+    B prompts are shared over the processes; this process has b of them, with G responses each.
+    """
+    c, clock = t.config, clock or Clock()
+    seed_everything("step", c.seed, step)
+
+    # 1. Adaptive feedback filtering: threshold mu(t) and G responses per prompt; R and V are in block 2's first forward
+    threshold = t.threshold(step)  # eq. 14
+    with clock.phase("rollout"):
+        rollout = t.sample(step)
+    with clock.phase("reward scoring"):
+        groups = encode_groups(t.reward_model, rollout)
+
+    # 2. Reward model: contrastive loss on the valid prompts, then the value head on all prompts
+    with clock.phase("RM update"):
+        before, rm_metrics = improve_reward_model(t, groups, rollout, threshold, step)  # eq. 4, 15-20
+    with clock.phase("reward scoring"):
+        scores = t.scores(groups, rollout, step)  # of the updated reward model
+        check_finite(scores.rewards, rollout, step)
+    with clock.phase("value update"):
+        rm_metrics |= improve_value_head(t, scores)  # eq. 21
+    rm_metrics |= measure_lead(t, scores, step)
+
+    # 3. Policy: the same responses with the updated R, V and filter
+    eligible = rollout.finished if c.length_filter == "both" else torch.ones_like(rollout.finished)
+    after = t.feedback(scores, threshold, eligible)
+    with clock.phase("policy forward/backward"):
+        policy_metrics = improve_policy(t, rollout, after, step, clock)  # eq. 5
+
+    metrics = {"threshold": threshold} | rm_metrics | policy_metrics | describe(before or after, after, rollout)
+    tokens = int(gathered(rollout.completion_lengths).sum())
+    return metrics | clock.metrics(tokens), sample_rows(rollout, before or after, step)
+
+
+def improve_reward_model(
+    t: Trainer, groups: list[Encoded], rollout: Rollout, threshold: float, step: int
+) -> tuple[Feedback | None, dict[str, float]]:
+    """Block 2, omega and phi: (feedback of the reward model of step t-1, metrics).
+
+    Losses of micro-batches are sums over groups; the gradient is divided once by the number of groups of all
+    processes, so the result does not depend on how the batch is cut. With rm_steps > 1 the filter stays the first one.
+    No feedback for rules that ignore the responses (frozen, offline_bt, ser).
+    """
+    c, rule, engine = t.config, t.rule, t.engines["reward_model"]
+    if rule.pairs:
+        for i in range(c.rm_steps):
+            pairs = t.batch(t.data.pairs, (step - 1) * c.rm_steps + i + 1)
+            metrics = bradley_terry_step(t.reward_model, pairs, engine, c, rule.pairs)
+        return None, metrics
+    if rule.loss is None:
+        return None, {}
+    mirrored = rule.otherwise is not None and t.state.get("lead", 0.0) > 0
+    loss_of = rule.otherwise if mirrored else rule.loss
+    filtered: list[Feedback] = []  # by micro-batch
+    for i in range(c.rm_steps):
+        total, count = 0.0, 0
+        for j, rows in enumerate(micro_batches(len(groups), c.micro_batch_groups)):
+            eligible = rollout.finished[rows]  # [m, G]
+            scores = t.score(groups, rollout, rows, step)
+            if i == 0:
+                check_finite(scores.rewards, rollout, step, rows)
+                filtered.append(t.feedback(scores, threshold, eligible))
+            part = filtered[j]
+            n = int(rule.groups(part.partition, eligible).sum())
+            if engine.needed(n):
+                loss = loss_of(scores.rewards, part.anchors, part.partition, eligible) * n
+                engine.backward(loss)
+                total, count = total + loss.item(), count + n
+        total, count = summed(total, count)
+        if count:
+            norm = engine.step(divisor=count)
+            if rule.extra:
+                t.engines[rule.extra].step(divisor=count)
+    metrics = {"rm/loss": total / count, "rm/grad_norm": norm} if count else {}
+    if rule.otherwise:
+        metrics["rm/mirrored"] = float(mirrored)
+    return Feedback.joined(filtered), metrics | {"rm/groups": int(count)}
+
+
+def improve_value_head(t: Trainer, scores: GroupScores) -> dict[str, float]:
+    """Block 2, psi: lambda_V L_V (eq. 21) on all prompts of all processes and all G responses."""
+    if t.rule.anchor != "value":
+        return {}
+    c, engine = t.config, t.engines["value_head"]
+    loss = c.value_loss_weight * value_loss(t.reward_model.values(scores.prompt_hidden), scores.rewards)
+    loss = loss * len(scores.rewards)  # a sum over this process's prompts
+    engine.backward(loss)
+    engine.step(divisor=c.batch_size)
+    return {"value/loss": summed(loss.item())[0] / c.batch_size}
+
+
+def measure_lead(t: Trainer, scores: GroupScores, step: int) -> dict[str, float]:
+    """Rules with two losses only (ours): mean reward of the batch minus that of a batch of preference pairs.
+
+    Half of the pairs' responses are the better ones. So above 0 more than half of the batch looks right to the reward
+    model, without gold. The running mean is part of the trainer's state.
+    """
+    if not t.rule.otherwise:
+        return {}
+    rm, mine = t.reward_model, share(t.batch(t.data.pairs, step))
+    pairs = score_groups(rm, encode_pairs(rm, mine), t.config)
+    of_batch, of_pairs, processes = summed(scores.rewards.mean().item(), pairs.rewards.mean().item(), 1)
+    now = (of_batch - of_pairs) / processes  # all processes have as many
+    t.state["lead"] = running_mean(t.state.get("lead"), now)
+    return {"reward/lead": now}

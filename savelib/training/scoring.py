@@ -1,0 +1,120 @@
+"""Groups of responses -> rewards, in micro-batches, and what the filter makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from savelib import processes
+from savelib.config import Config
+from savelib.data.pairs_and_prompts import Preference, ids_of
+from savelib.method import Partition
+from savelib.models.compute import autocast, recomputing
+from savelib.models.reward_model import Encoded, RewardModel
+from savelib.models.rollout import Rollout
+
+
+class NonFiniteError(RuntimeError):
+    """A reward or a loss that is not a finite number; the message names the step and the prompts."""
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Rewards [B, G] and the hidden states that V reads [B, H], on the reward model's device."""
+
+    rewards: Tensor
+    prompt_hidden: Tensor
+
+    @classmethod
+    def joined(cls, parts: list[GroupScores]) -> GroupScores:
+        """The scores of micro-batches as those of the batch."""
+        return cls(torch.cat([p.rewards for p in parts]), torch.cat([p.prompt_hidden for p in parts]))
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """R, the anchors that R is measured against (None: nothing), and which responses are kept on which side."""
+
+    rewards: Tensor  # [B, G]
+    anchors: Tensor | None  # [B]
+    partition: Partition
+
+    @property
+    def kept(self) -> Tensor:
+        return self.partition.kept  # [B, G]
+
+    @classmethod
+    def joined(cls, parts: list[Feedback]) -> Feedback:
+        """The feedback of micro-batches as that of the batch."""
+        anchors = None if parts[0].anchors is None else torch.cat([p.anchors for p in parts])
+        sides = (torch.cat([getattr(p.partition, f) for p in parts]) for f in ("positive", "negative", "valid"))
+        return cls(torch.cat([p.rewards for p in parts]), anchors, Partition(*sides))
+
+    def gathered(self) -> Feedback:
+        """The feedback of all processes' prompts."""
+        part, of_all = self.partition, processes.gathered
+        anchors = None if self.anchors is None else of_all(self.anchors)
+        sides = Partition(of_all(part.positive), of_all(part.negative), of_all(part.valid))
+        return Feedback(of_all(self.rewards), anchors, sides)
+
+
+def encode_groups(rm: RewardModel, rollout: Rollout) -> list[Encoded]:
+    """The B groups of a rollout, rendered by the reward model's own chat template."""
+    return [
+        rm.encode([(p.messages, t) for t in texts]) for p, texts in zip(rollout.prompts, rollout.texts, strict=True)
+    ]
+
+
+def encode_pairs(rm: RewardModel, pairs: list[Preference]) -> list[Encoded]:
+    """Each pair as a group of two, the chosen response first."""
+    return [rm.encode([(p.prompt, p.chosen), (p.prompt, p.rejected)]) for p in pairs]
+
+
+def micro_batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of `size` that cover `count`."""
+    for i in range(0, count, size):
+        yield slice(i, min(i + size, count))
+
+
+def pairs_at_once(config: Config) -> int:
+    """Pairs in a micro-batch of as many responses as the groups' micro-batches have."""
+    return max(1, config.micro_batch_groups * config.group_size // 2)
+
+
+def score_micro_batch(rm: RewardModel, groups: list[Encoded], config: Config) -> GroupScores:
+    """One forward over groups of equal size, with gradients where they are on; V reads each group's first row."""
+    flat = Encoded([r for g in groups for r in g.ids], [e for g in groups for e in g.prompt_ends])
+    with autocast(rm.device, config.precision), recomputing(rm.model, config.gradient_checkpointing):
+        scored = rm.score(flat)
+    return GroupScores(scored.rewards.view(len(groups), -1), scored.prompt_hidden[:: len(groups[0])])
+
+
+@torch.no_grad()
+def score_groups(rm: RewardModel, groups: list[Encoded], config: Config, size: int | None = None) -> GroupScores:
+    """Score all groups without gradients, `size` at a time (default micro_batch_groups)."""
+    slices = micro_batches(len(groups), size or config.micro_batch_groups)
+    return GroupScores.joined([score_micro_batch(rm, groups[rows], config) for rows in slices])
+
+
+def pair_margins(rm: RewardModel, pairs: list[Preference], config: Config) -> Tensor:
+    """R(chosen) - R(rejected) of each pair [M]; a positive margin is a right verdict, a tie a wrong one."""
+    encoded = encode_pairs(rm, processes.share(pairs))
+    order = sorted(range(len(encoded)), key=lambda i: max(map(len, encoded[i].ids)))  # less padding
+    rewards = score_groups(rm, [encoded[i] for i in order], config, pairs_at_once(config)).rewards  # [M, 2]
+    margins = torch.empty(len(order), device=rewards.device)
+    margins[order] = rewards[:, 0] - rewards[:, 1]
+    return processes.gathered(margins, len(pairs)).cpu()
+
+
+def check_finite(rewards: Tensor, rollout: Rollout, step: int, rows: slice = slice(None)) -> None:
+    """Raise NonFiniteError, naming step and prompts, before anything is updated with a reward that is not finite."""
+    bad = (~torch.isfinite(rewards)).any(1).tolist()
+    if any(bad):
+        prompts = [p for p, b in zip(rollout.prompts[rows], bad, strict=True) if b]
+        raise NonFiniteError(
+            f"step {step}: the reward model gives a reward that is not finite; prompts: {ids_of(prompts)}; "
+            "lower its learning rates (backbone_lr, reward_head_lr) and resume from the last checkpoint"
+        )
