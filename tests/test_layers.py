@@ -1,4 +1,4 @@
-"""Each part of savelib imports only from floors below its own, no file is in a circle, and the method needs torch alone."""
+"""Imports go down only, no file is in a circle, and the method needs torch alone."""
 
 import ast
 from pathlib import Path
