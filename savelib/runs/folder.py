@@ -1,0 +1,284 @@
+"""A run is a folder: config.yaml first, metrics.jsonl and samples.jsonl as it goes, manifest.json last."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections import deque
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from savelib import __version__
+from savelib.config import Config, ConfigError, make_config
+from savelib.processes import world_size
+from savelib.paths import project_root, runs_dir, write_atomically
+
+PACE = 20  # steps that the time left is reckoned from
+LOCK = ".lock"  # held while a process trains the run
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+class CheckpointError(RuntimeError):
+    """A file of a run that could not be written; the message names it, the cause and the checkpoint that is left."""
+
+    def __init__(self, what: str, error: Exception, run: Path):
+        left = checkpoints(run)
+        super().__init__(
+            f"{what}: {error}. The last good checkpoint is {left[-1] if left else 'none'}. Make room, then go on with "
+            "resume=auto"
+        )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, good or damaged, the oldest first."""
+    found = [f for f in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", f.name)]
+    return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
+
+
+def new_run_id(config: Config) -> str:
+    """The config's run_id, or one made of profile, rule, algorithm, seed and the time in UTC."""
+    made = f"{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return config.run_id or made
+
+
+def refuse_existing(run_id: str) -> None:
+    """Raise ConfigError when the folder of run_id already holds a run."""
+    folder = runs_dir() / run_id
+    if (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"run_id = {run_id!r}: {folder} already holds a run; choose another run_id, or go on with it by resume=auto"
+        ) from None
+
+
+class RunLog:
+    """Writes a run's files. `with RunLog.create(config) as log:` writes the manifest at the end, whatever happened.
+
+    While it is open, the run's folder is locked: two processes never write to one run, and `read_manifest` sees
+    who lives.
+    """
+
+    def __init__(self, folder: Path, total_steps: int):
+        self.folder, self.started, self.total_steps = folder, time.time(), total_steps
+        self.recent: deque[dict[str, Any]] = deque(maxlen=PACE)
+        self.lock = open(folder / LOCK, "w")  # noqa: SIM115, it is held until the run ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise ConfigError(f"run_id = {folder.name!r}: another process is training it at this moment") from None
+
+    @classmethod
+    def create(cls, config: Config, source: Path | None = None, step: int = -1) -> RunLog:
+        """Start the run's folder, with the lines up to `step` of the run folder `source`, if it goes on from there.
+
+        Raises ConfigError when it already holds a run; nothing is overwritten.
+        """
+        return cls._open(config, True, source or runs_dir() / config.run_id, step)
+
+    @classmethod
+    def resume(cls, config: Config, step: int) -> RunLog:
+        """Go on in the run's folder after `step` (-1: from the start), dropping the lines beyond it."""
+        return cls._open(config, False, runs_dir() / config.run_id, step)
+
+    @classmethod
+    def _open(cls, config: Config, new: bool, source: Path, step: int) -> RunLog:
+        """Lock the run, clear up after killed writers, and take over the lines up to `step`, which must be there."""
+        folder = runs_dir() / config.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        log = cls(folder, config.total_steps)
+        try:
+            if new:
+                refuse_existing(config.run_id)
+                write_atomically(folder / "config.yaml", config.to_yaml())
+            (folder / "manifest.json").unlink(missing_ok=True)
+            clean(folder)
+            for name in LOGS:
+                kept = [row for row in read_jsonl(source / name) if row["step"] <= step]
+                if name == "metrics.jsonl":
+                    if [row["step"] for row in kept] != list(range(step + 1)):
+                        raise ConfigError(f"{source / name} has not one line for each step from 0 to {step}")
+                    log.started -= kept[-1]["seconds"] if kept else 0
+                write_atomically(folder / name, _as_lines(kept))
+            return log
+        except OSError as error:
+            log.lock.close()
+            raise CheckpointError(f"{folder} cannot be written", error, folder) from None
+        except ConfigError:
+            log.lock.close()
+            raise
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one line: the step, seconds since the start, and every value."""
+        row = {"step": step, "seconds": round(time.time() - self.started, 3)} | values
+        self._append("metrics.jsonl", [row])
+        self.recent.append(row)
+
+    def progress(self) -> str:
+        return progress_line(list(self.recent), self.total_steps)
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        self._append("samples.jsonl", rows)
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(_as_lines(rows))
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name} could not be written", error, self.folder) from None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        status = "done" if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+        manifest = {
+            "status": status,
+            "error": None if error is None else f"{kind.__name__}: {error}",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self.started, 1),
+            "savelib": __version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "packages": {
+                p: _version(p) for p in ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+            },
+            "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"cpu, {torch.get_num_threads()} threads",
+            "num_processes": world_size(),
+        }
+        try:
+            write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        except OSError as full:  # must not hide the error that ended the run
+            print(f"no manifest could be written to {self.folder}: {full}", flush=True)
+        self.lock.close()
+
+
+def mark_failed(folder: Path, reason: str) -> None:
+    """Put the reason into the manifest of a run whose main process did not know it, or did not live to write one."""
+    path = folder / "manifest.json"
+    if (folder / "config.yaml").is_file():
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        write_atomically(path, json.dumps(manifest | {"status": "failed", "error": reason}, indent=2) + "\n")
+
+
+def progress_line(rows: list[dict[str, Any]], total_steps: int) -> str:
+    """One line on where a run is, from the last rows of its metrics: the last step's figures, speed and time left."""
+    last, steps = rows[-1], [r for r in rows[-PACE:] if r["step"] > 0]
+    figures = {
+        "gold": last.get("gold/success_rate"),
+        "reward": last.get("reward/mean"),
+        "kept": last.get("filter/kept"),
+        "KL": last.get("policy/kl"),
+    }
+    said = [f"step {last['step']}/{total_steps}"] + [f"{k} {v:.3f}" for k, v in figures.items() if v is not None]
+    if "time/tokens_per_second" in last:
+        said.append(f"{last['time/tokens_per_second']:.0f} tokens/s")
+    if len(steps) > 1:
+        pace = (last["seconds"] - steps[0]["seconds"]) / (last["step"] - steps[0]["step"])
+        left = timedelta(seconds=round(pace * (total_steps - last["step"])))
+        said.append(f"{left} left")
+    return "  ".join(said)
+
+
+def _as_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def clean(folder: Path) -> None:
+    """Remove what writers of a run's folder that were killed left unfinished."""
+    for part in [*folder.glob(".*.part"), *(folder / "checkpoints").glob(".*.part")]:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+` behind it where tracked files were changed; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=project_root(), capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# reading
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSONL file; a last line that a killed writer left unfinished is passed over."""
+    if not path.is_file():
+        return []
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run given by id or path. Raises ConfigError naming the runs that there are."""
+    for folder in (Path(run), runs_dir() / run):
+        if (folder / "config.yaml").is_file():
+            return folder
+    known = [f.parent.name for f in sorted(runs_dir().glob("*/config.yaml"))]
+    raise ConfigError(f"run {str(run)!r} not found in {runs_dir()}; there are: {', '.join(known) or 'none yet'}")
+
+
+def read_config(run: str | Path) -> Config:
+    values = yaml.safe_load((run_folder(run) / "config.yaml").read_text())
+    return make_config(**values)
+
+
+def read_metrics(run: str | Path) -> pd.DataFrame:
+    """metrics.jsonl, one row a step; step 0 is the evaluation before training."""
+    return pd.DataFrame(read_jsonl(run_folder(run) / "metrics.jsonl"))
+
+
+def read_samples(run: str | Path) -> pd.DataFrame:
+    return pd.DataFrame(read_jsonl(run_folder(run) / "samples.jsonl"))
+
+
+def read_manifest(run: str | Path) -> dict[str, Any]:
+    """manifest.json; where it is not written, only status: `running`, or `killed` if no process trains the run."""
+    folder = run_folder(run)
+    path = folder / "manifest.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    return {"status": "running" if _locked(folder) else "killed"}
+
+
+def _locked(folder: Path) -> bool:
+    try:
+        with open(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,276 @@
+"""Training in processes of their own, started and watched from a notebook or a script."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from savelib.config import Config
+from savelib.processes import launched_by_torchrun
+from savelib.paths import code_digest, resolve, runs_dir
+from savelib.runs.folder import PACE, mark_failed, new_run_id, progress_line, read_jsonl, read_manifest
+
+# errors of a process whose partner is gone: never the reason, if there is another
+PARTNER_GONE = re.compile(r"Connection (reset|closed|refused)|Broken pipe|gloo|NCCL|ProcessGroup|Socket", re.IGNORECASE)
+SENTENCES = (
+    "ConfigError",
+    "NonFiniteError",
+    "CheckpointError",
+    "FrozenWeightsError",
+)  # errors that say all in their message
+# the lines of train.log that tell where a run is before its first step
+OWN_LINE = re.compile(r"stage \d|  epoch |going on after |.* is already done$")
+GRACE = 5  # seconds from the request to end to the kill
+LIBC = ctypes.CDLL(None)
+
+
+class RunFailed(RuntimeError):
+    """The training process ended with an error; the message is its own."""
+
+
+def needs_torchrun(config: Config) -> bool:
+    return config.num_processes > 1 or config.backend != "ddp"
+
+
+def worker(config: Config) -> Path:
+    """`train` in this process; under torchrun an error is noted down for `launch`, with its traceback."""
+    from savelib.runs.train import train
+
+    return record(train)(config) if launched_by_torchrun() else train(config)
+
+
+def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
+    """Run `python -m savelib train` with this config, wait for it, and return the run's folder.
+
+    With several processes or DeepSpeed, torchrun starts them on this machine, on a free port. say: called with the
+    progress line whenever it changes; by default lines are printed (and, in JupyterLab, a live one is shown). All
+    processes die with this one: on an interrupt, an error or a kill.
+    Raises RunFailed with the error of the process that failed first.
+    """
+    config = config.model_copy(update={"run_id": new_run_id(config)})
+    folder = runs_dir() / config.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    say = say or _Progress(config)
+    with tempfile.TemporaryDirectory() as private, open(folder / "train.log", "a+") as log:
+        (Path(private) / "config.yaml").write_text(config.to_yaml())
+        words = ["-m", "savelib", "train", "--config", f"{private}/config.yaml"]
+        if needs_torchrun(config):
+            # standalone: a rendezvous of this machine's processes alone, on a port that the system gives
+            torchrun = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={config.num_processes}"]
+            words = ["-m", "torch.distributed.run", *torchrun, f"--log-dir={private}", *words]
+        begin, watched, parent = log.seek(0, os.SEEK_END), _Watched(folder, config), os.getpid()
+        process = subprocess.Popen(
+            [sys.executable, "-u", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=(lambda: _die_with(parent)) if sys.platform == "linux" else None,
+        )
+        try:
+            while process.poll() is None:
+                say(watched.line())
+                time.sleep(0.5)
+            say(watched.line())
+        finally:
+            _stop(process)
+        status = read_manifest(folder)["status"] if (folder / "config.yaml").is_file() else "missing"
+        if process.returncode and status == "stopped" and watched.begun():
+            raise RunFailed(
+                f"the training process was asked to stop, not by this one; resume=auto goes on with {folder}"
+            )
+        if process.returncode or status != "done":
+            reason = _reason(folder / "train.log", begin, process.returncode, Path(private))
+            if watched.begun():  # else the folder holds another run's files, or none
+                mark_failed(folder, reason)
+            raise RunFailed(reason)
+    return folder
+
+
+def run_once(config: Config, prefix: str) -> Path:
+    """The folder of a finished run of this very config, under a name made of it; launched only if there is none yet."""
+    key = code_digest() + config.model_dump_json(exclude={"run_id", "resume"})
+    digest = hashlib.sha256(key.encode()).hexdigest()[:6]
+    run_id = f"{prefix}-{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{digest}"
+    folder = runs_dir() / run_id
+    if (folder / "manifest.json").is_file() and read_manifest(folder)["status"] == "done":
+        return folder
+    return launch(config.model_copy(update={"run_id": run_id, "resume": "auto"}))
+
+
+def _die_with(parent: int) -> None:
+    """In the child: ask the system for SIGKILL when the parent is gone, a killed notebook kernel included."""
+    LIBC.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # gone before it was asked
+        os._exit(1)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End the process and all of its own; a second interrupt does not keep it from being killed."""
+    if process.poll() is None:
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+class _Lines:
+    """The whole lines of a file, each given once; after it was replaced, from its start."""
+
+    def __init__(self, path: Path, begin: int = 0):
+        self.path, self.offset, self.inode = path, begin, path.stat().st_ino if path.exists() else 0
+
+    def __call__(self) -> list[str]:
+        try:
+            with open(self.path, "rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                self.offset, self.inode = (self.offset if inode == self.inode else 0), inode
+                file.seek(self.offset)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return whole.decode(errors="replace").replace("\r", "\n").splitlines()
+
+
+class _Watched:
+    """Where a run is, from what its folder got since now. What an earlier attempt wrote there is passed over."""
+
+    def __init__(self, folder: Path, config: Config):
+        self.metrics, self.log = _Lines(folder / "metrics.jsonl"), _Lines(folder / "train.log")
+        self.log.offset = (folder / "train.log").stat().st_size
+        self.before, self.total_steps = self.metrics.inode, config.total_steps
+        earlier = read_jsonl(folder / "metrics.jsonl")
+        if config.resume not in ("never", "auto"):
+            earlier += read_jsonl(Path(resolve(config.resume)).parent.parent / "metrics.jsonl")
+        self.earlier = {(row["step"], row["seconds"]) for row in earlier}
+        self.rows, self.said = [], "starting"
+
+    def begun(self) -> bool:
+        """Whether the process has opened the run's files: it replaces metrics.jsonl, and nothing else does."""
+        self.metrics()
+        return self.metrics.inode != self.before
+
+    def line(self) -> str:
+        """The last step's figures and the time left; before the first step, the last that savelib said itself."""
+        rows = map(json.loads, self.metrics())
+        self.rows += [row for row in rows if (row["step"], row["seconds"]) not in self.earlier]
+        self.rows = self.rows[-PACE:]
+        self.said = ([self.said] + [line.strip() for line in self.log() if OWN_LINE.match(line)])[-1]
+        return progress_line(self.rows, self.total_steps) if self.rows else self.said
+
+
+class _Progress:
+    """Prints a line each tenth of the steps; in a notebook's front end, one live line besides."""
+
+    def __init__(self, config: Config):
+        self.total, self.every = config.total_steps, max(1, config.total_steps // 10)
+        self.shown, self.printed = "", -1
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+
+            kernel = getattr(get_ipython(), "kernel", None)  # a terminal's IPython has none
+            self.live = display({"text/plain": ""}, raw=True, display_id=True) if kernel else None
+        except ImportError:
+            self.live = None
+
+    def __call__(self, line: str) -> None:
+        if line == self.shown:
+            return
+        self.shown = line
+        if self.live:
+            self.live.update({"text/plain": line}, raw=True)
+        step = int(line.split()[1].split("/")[0]) if line.startswith("step ") else None
+        if step is None or step == self.total or step // self.every != self.printed:
+            self.printed = self.printed if step is None else step // self.every
+            print(line, flush=True)
+
+
+def _reason(path: Path, begin: int, code: int, private: Path) -> str:
+    """The process's own words: its one-sentence error, else its traceback; of several, the first that failed."""
+    with open(path, errors="replace") as file:
+        file.seek(begin)
+        text = file.read().strip()
+    where = f"the whole log is {path}"
+    recorded = _recorded(private)
+    for gone, _, rank, message, traceback in recorded:
+        if not gone:
+            kind, _, sentence = message.partition(":")
+            return sentence.strip() if kind in SENTENCES else f"rank {rank} failed; {where}\n{_own_frames(traceback)}"
+    for rank, exitcode in _silent(text):
+        return f"rank {rank} {_ended(exitcode)}; {where}{_stack(text)}"
+    for _, _, rank, _, traceback in recorded:
+        return f"rank {rank} lost its partner; {where}\n{_own_frames(traceback)}"
+    sentences = re.findall(r"^error: (.*)$", text, re.MULTILINE)
+    if code == 2 and sentences:
+        return sentences[-1]
+    at = text.rfind("\nTraceback (most recent call last)")
+    said = _own_frames(text[at + 1 :]) if "Traceback (most" in text else "\n".join(text.splitlines()[-20:])
+    if code == 0:
+        return f"training ended without an error, but wrote no manifest; {where}\n{said}"
+    return f"training {_ended(code)}; {where}" + (_stack(text) or f"\n{said}")
+
+
+def _recorded(private: Path) -> list[tuple[bool, float, int, str, str]]:
+    """torchrun's error files: (the partner was gone, time, rank, message, traceback), the likeliest reason first."""
+    errors = []
+    for file in private.rglob("error.json"):
+        with contextlib.suppress(ValueError):  # half written
+            said = json.loads(file.read_text())["message"]
+            gone = bool(PARTNER_GONE.search(said["message"]))
+            extra = said["extraInfo"]
+            errors.append(
+                (gone, float(extra["timestamp"]), int(file.parent.name), said["message"], extra["py_callstack"])
+            )
+    return sorted(errors)
+
+
+def _silent(text: str) -> list[tuple[int, int]]:
+    """(rank, exit code) of the processes that ended without a word, from torchrun's report, its root cause first.
+
+    Those that torchrun itself has ended, by SIGTERM, are left out.
+    """
+    pattern = r"rank +: (\d+) .*\n +exitcode +: (-?\d+) .*\n +error_file: <N/A>"
+    others, _, root = text.rpartition("Root Cause (first observed failure):")
+    found = [(int(rank), int(code)) for part in (root, others) for rank, code in re.findall(pattern, part)]
+    return [(rank, code) for rank, code in found if code != -signal.SIGTERM]
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"exited with {code}"
+    hint = ", often for want of memory" if code == -signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
+
+
+def _stack(text: str) -> str:
+    """Where a process was when it crashed, as Python's fault handler wrote it; empty if nothing did."""
+    found = re.findall(r"^Fatal Python error: (.*)|^Current thread .*\n((?:  File .*\n?)+)", text, re.MULTILINE)
+    said, frames = "".join(f[0] for f in found[:1]), "".join(f[1] for f in found[1:2])
+    frames = re.sub(r"(savelib/train\.py.*\n)(?:.*\n?)*", r"\1", frames)
+    return f"\nTraceback (most recent call first):\n{frames}{said}" if found else ""
+
+
+def _own_frames(traceback: str) -> str:
+    """The traceback from `train` on, without the command line's frames."""
+    return re.sub(r"\A(Traceback .*\n)(?:  .*\n)*?(?=  File .*savelib/train\.py)", r"\1", traceback).strip()

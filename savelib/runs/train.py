@@ -1,0 +1,139 @@
+"""One run from its config to its folder: stages, loop, evaluation, checkpoints; in one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from savelib.runs.checkpoint import check, latest_checkpoint, load_optimizers, save_checkpoint, save_final
+from savelib.config import Config, ConfigError
+from savelib.training.engine import connect, disconnect
+from savelib.processes import is_main, largest, told
+from savelib.training.evaluation import evaluate
+from savelib.training.algorithm import prepare, save_step
+from savelib.processes import say
+from savelib.paths import resolve, runs_dir
+from savelib.runs.folder import RunLog, new_run_id, read_config, read_manifest, refuse_existing
+from savelib.models.compute import peak_memory
+from savelib.models.compute import reset_peak_memory
+
+# fields that may change when a run is resumed
+MAY_CHANGE = ("resume", "device", "threads", "checkpoint_every", "keep_checkpoints", "tracker", "rollout_rows")
+
+
+def train(config: Config) -> Path:
+    """Run SAVE to the end; returns the run's folder with config, metrics, samples, manifest and both final models.
+
+    Raises ConfigError for bad input, NonFiniteError when a reward or loss is no number, CheckpointError when the disk
+    is full.
+    """
+    connect(config)
+    config = config.model_copy(update={"run_id": told(new_run_id(config))})
+    folder = runs_dir() / config.run_id
+    resuming = config.resume == "auto" and (folder / "config.yaml").exists()
+    if resuming:
+        _check_same(config, folder)
+        if read_manifest(folder)["status"] == "done":
+            say(f"{folder} is already done")
+            return folder
+    done, checkpoint = told(_start(config, folder, resuming) if is_main() else None)
+    t = prepare(config, checkpoint)
+    with _log(config, done, checkpoint, resuming) as log, _tracker(config, folder) as track:
+        if checkpoint:
+            load_optimizers(t, checkpoint)
+            say(f"going on after step {done} from {checkpoint}")
+        else:
+            metrics = evaluate(t)
+            log.metrics(0, metrics)
+            track(metrics, step=0)
+        for step in range(max(done, 0) + 1, config.total_steps + 1):
+            reset_peak_memory(t.device)
+            metrics, samples = save_step(t, step)
+            last = step == config.total_steps
+            if last or (config.eval_every and step % config.eval_every == 0):
+                metrics |= evaluate(t)
+            (metrics["memory/peak_gb"],) = largest(peak_memory(t.device))
+            log.samples(samples)
+            log.metrics(step, metrics)
+            track(metrics, step=step)
+            say(log.progress())
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
+                save_checkpoint(t, step, folder)
+        save_final(t, folder)
+    disconnect()
+    return folder
+
+
+def _start(config: Config, folder: Path, resuming: bool) -> tuple[int, Path | None]:
+    """(steps done, checkpoint to go on from); (-1, None) for a new run. The main process decides for all."""
+    if not resuming:
+        refuse_existing(config.run_id)  # before any work is done
+        if config.resume in ("never", "auto"):
+            return -1, None
+        checkpoint = Path(resolve(config.resume))
+        step = check(checkpoint, config)
+        if step >= config.total_steps:
+            raise ConfigError(
+                f"resume = {config.resume!r} is at step {step}; total_steps = {config.total_steps} is done"
+            )
+        return step, checkpoint
+    return latest_checkpoint(folder) or (-1, None)
+
+
+def _log(config: Config, done: int, checkpoint: Path | None, resuming: bool) -> RunLog | _NoLog:
+    """The run's log on the main process, one that writes nothing on the others."""
+    if not is_main():
+        return _NoLog()
+    if resuming:
+        return RunLog.resume(config, done)
+    return RunLog.create(config, checkpoint.parent.parent if checkpoint else None, done)
+
+
+class _NoLog:
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+    def samples(self, rows: list[dict]) -> None: ...
+
+    def progress(self) -> str: ...
+
+    def __enter__(self) -> _NoLog:
+        return self
+
+    def __exit__(self, *_): ...
+
+
+@contextlib.contextmanager
+def _tracker(config: Config, folder: Path) -> Iterator[Callable[..., None]]:
+    """(metrics, step=) -> accelerate's tracker, if any; tensorboard writes to the run's folder."""
+    if config.tracker == "none":
+        yield lambda values, step: None
+        return
+    from accelerate import Accelerator  # slow to import
+
+    accelerator = Accelerator(log_with=config.tracker, project_dir=folder)
+    if not accelerator.log_with:
+        raise ConfigError(f"tracker = {config.tracker!r}: not installed; pip install {config.tracker}, or tracker=none")
+    if config.tracker == "tensorboard":
+        accelerator.init_trackers("tensorboard")  # config.yaml lies beside it
+    else:
+        accelerator.init_trackers("save", config.model_dump(), {config.tracker: {"name": config.run_id}})
+    try:
+        yield accelerator.log
+    finally:
+        accelerator.end_training()
+
+
+
+
+
+
+def _check_same(config: Config, folder: Path) -> None:
+    """ConfigError if the run to go on with was made by another configuration."""
+    made, wanted = read_config(folder).model_dump(), config.model_dump()
+    changed = [k for k in wanted if made[k] != wanted[k] and k not in MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            f"run_id = {config.run_id!r} was made with other values of {', '.join(changed)}; give the same"
+        )
