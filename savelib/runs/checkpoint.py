@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file, save_model
 
 from savelib.config import Config, ConfigError
-from savelib.processes import is_main, rank, told, wait
-from savelib.training.trainer import Trainer, extras_of
 from savelib.models.adapters import adapted, save_merged
 from savelib.paths import atomic_folder, digest, drop, publish, sync, temporary_folder
+from savelib.processes import is_main, rank, told, wait
 from savelib.runs.folder import LOGS, CheckpointError, checkpoints
+from savelib.training.trainer import Trainer, extras_of
 
 MANIFEST = "checkpoint.json"
 SAME_FILES = ("backend", "num_processes", "optimizer", "lora_rank")  # what a checkpoint's files depend on
@@ -114,9 +114,9 @@ def check(folder: Path, config: Config | None = None) -> int:
     With a config: ConfigError too if a run of that config cannot go on from it.
     """
     made, bad = _made(folder), None
-    for name, digest in made["sha256"].items():
+    for name, sha256 in made["sha256"].items():
         try:
-            if _sha256(folder / name) != digest:
+            if _sha256(folder / name) != sha256:
                 bad = name
             elif name.endswith(".safetensors"):
                 with safe_open(folder / name, "pt"):

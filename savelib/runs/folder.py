@@ -21,8 +21,8 @@ import yaml
 
 from savelib import __version__
 from savelib.config import Config, ConfigError, make_config
-from savelib.processes import world_size
 from savelib.paths import project_root, runs_dir, write_atomically
+from savelib.processes import world_size
 
 PACE = 20  # steps that the time left is reckoned from
 LOCK = ".lock"  # held while a process trains the run

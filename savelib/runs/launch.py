@@ -19,8 +19,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from savelib.config import Config
-from savelib.processes import launched_by_torchrun
 from savelib.paths import code_digest, resolve, runs_dir
+from savelib.processes import launched_by_torchrun
 from savelib.runs.folder import PACE, mark_failed, new_run_id, progress_line, read_jsonl, read_manifest
 
 # errors of a process whose partner is gone: never the reason, if there is another

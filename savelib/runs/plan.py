@@ -39,9 +39,9 @@ from transformers import (
 )
 
 from savelib.config import Config, ConfigError
+from savelib.method import RULES
 from savelib.models.loading import policy_source, reward_source
 from savelib.paths import project_root, resolve
-from savelib.method import RULES
 
 GIB = 2**30
 USABLE = 0.9  # share of the memory that a peak may take

@@ -6,18 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from savelib.runs.checkpoint import check, latest_checkpoint, load_optimizers, save_checkpoint, save_final
 from savelib.config import Config, ConfigError
-from savelib.training.engine import connect, disconnect
-from savelib.processes import is_main, largest, told
-from savelib.training.evaluation import evaluate
-from savelib.training.algorithm import prepare, save_step
-from savelib.processes import say
+from savelib.models.compute import peak_memory, reset_peak_memory
 from savelib.paths import resolve, runs_dir
+from savelib.processes import is_main, largest, say, told
+from savelib.runs.checkpoint import check, latest_checkpoint, load_optimizers, save_checkpoint, save_final
 from savelib.runs.folder import RunLog, new_run_id, read_config, read_manifest, refuse_existing
-from savelib.models.compute import peak_memory
-from savelib.models.compute import reset_peak_memory
+from savelib.training.algorithm import prepare, save_step
+from savelib.training.engine import connect, disconnect
+from savelib.training.evaluation import evaluate
 
 # fields that may change when a run is resumed
 MAY_CHANGE = ("resume", "device", "threads", "checkpoint_every", "keep_checkpoints", "tracker", "rollout_rows")
@@ -123,10 +120,6 @@ def _tracker(config: Config, folder: Path) -> Iterator[Callable[..., None]]:
         yield accelerator.log
     finally:
         accelerator.end_training()
-
-
-
-
 
 
 def _check_same(config: Config, folder: Path) -> None:
