@@ -19,7 +19,7 @@ from savelib.data.pairs_and_prompts import Prompt
 from savelib.experiments import cost as bench
 from savelib.models.loading import load_policy, load_reward_model
 from savelib.models.rollout import sample
-from savelib.runs.plan import model_sizes
+from savelib.runs.sizes import model_sizes
 
 QUICK = bench.SIZES["quick"]
 CPU = torch.device("cpu")

@@ -22,7 +22,8 @@ from savelib.models.adapters import with_adapters
 from savelib.models.compute import recomputing
 from savelib.models.reward_model import Encoded, RewardModel
 from savelib.models.rollout import Rollout, completion_logprobs, sample
-from savelib.runs import plan
+from savelib.runs import memory, plan
+from savelib.runs import sizes as counted
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 POLICY, REWARD = "policy_model", "reward_model"
@@ -49,7 +50,11 @@ def made(folder, kind="llama", field=POLICY, rank=0, half=False, **sizes):
         model = model.to(torch.bfloat16) if half else model
         task = "CAUSAL_LM" if field == POLICY else "SEQ_CLS"
         model = with_adapters(model, settings(lora_rank=rank), task)
-    return plan.model_sizes(str(folder), field), model
+    return counted.model_sizes(str(folder), field), model
+
+
+def memory_of(config, gpus, memory_gb):
+    return memory.memory_plan(config, counted.models_of(config), gpus, memory_gb)
 
 
 def settings(**values):
@@ -126,12 +131,12 @@ def test_the_papers_models_have_their_published_size(monkeypatch, name, field, m
     def unreachable(*_, **__):
         raise OSError("no hub")
 
-    monkeypatch.setattr(plan.AutoConfig, "from_pretrained", unreachable)
-    sizes = plan.model_sizes(name, field)
+    monkeypatch.setattr(counted.AutoConfig, "from_pretrained", unreachable)
+    sizes = counted.model_sizes(name, field)
     assert sizes.published
     assert sizes.total / 1e6 == pytest.approx(millions, abs=0.05)
     with pytest.raises(ConfigError, match=r"policy_model = 'some/other'.*config.json.*no hub"):
-        plan.model_sizes("some/other", POLICY)
+        counted.model_sizes("some/other", POLICY)
 
 
 # weights and optimizer
@@ -148,7 +153,7 @@ def test_adam_holds_what_the_plan_says(tmp_path):
         states = [
             t for s in optimizer.state.values() for k, t in s.items() if isinstance(t, torch.Tensor) and "qmap" not in k
         ]
-        assert sum(t.nbytes for t in states if t.numel() > 1) == plan.adamw_bytes(sizes.tensors, eight_bit)
+        assert sum(t.nbytes for t in states if t.numel() > 1) == memory.adamw_bytes(sizes.tensors, eight_bit)
 
 
 def test_a_step_of_adamw_takes_all_roots_at_once(tmp_path):
@@ -158,7 +163,7 @@ def test_a_step_of_adamw_takes_all_roots_at_once(tmp_path):
     optimizer.step()
     with Live(*known, *(t for s in optimizer.state.values() for t in s.values())) as live:
         optimizer.step()
-    expected = plan._training_bytes(sizes, settings(), 1)["step"]
+    expected = memory.training_bytes(sizes, settings(), 1)["step"]
     assert live.peak == pytest.approx(expected, rel=0.05)
 
 
@@ -200,8 +205,8 @@ def test_what_autograd_keeps_of_a_block(tmp_path, kind, half, rank):
             out = inner.base_model(torch.ones(rows, seq, dtype=torch.long), attention_mask=mask, use_cache=False)
         kept.append(sum(s.nbytes() for s in stored.values()))
         del out
-    of_weights = (plan._copies(sizes, half, rank) - (0 if rank else 2 * half * sizes.vocab * sizes.hidden)) / 3
-    expected = plan.layer_bytes(sizes, seq, half, rank) * rows * seq  # but for one number a head in Qwen3's norms
+    of_weights = (memory.copy_bytes(sizes, half, rank) - (0 if rank else 2 * half * sizes.vocab * sizes.hidden)) / 3
+    expected = memory.layer_bytes(sizes, seq, half, rank) * rows * seq  # but for one number a head in Qwen3's norms
     assert kept[1] - kept[0] - of_weights == pytest.approx(expected, rel=0.015 if kind == "qwen3" else 1e-9)
 
 
@@ -222,13 +227,13 @@ def test_peak_of_an_update(tmp_path, monkeypatch, kind, half):
                 c = settings(gradient_checkpointing=again, lora_rank=rank)
                 with Live(*held(policy)) as live:
                     completion_logprobs(policy, data, torch.arange(rows), c).sum().backward()
-                expected = plan.activation_bytes(sizes, rows, prompt - 3, new, half, rank, again, logits=True)
+                expected = memory.activation_bytes(sizes, rows, prompt - 3, new, half, rank, again, logits=True)
                 assert live.peak == pytest.approx(expected, rel=0.2)
                 with Live(*held(rm)) as scoring:
                     with in_half(half), recomputing(rm.model, again):
                         scored = rm.score(encoded)
                     scored.rewards.sum().backward()
-                expected = plan.activation_bytes(reward_sizes, rows, prompt, new, half, rank, again)
+                expected = memory.activation_bytes(reward_sizes, rows, prompt, new, half, rank, again)
                 assert scoring.peak == pytest.approx(expected, rel=0.2)
                 peaks[again] = scoring.peak
             assert peaks[True] < 0.65 * peaks[False]
@@ -249,7 +254,7 @@ def test_update_of_the_papers_policy_at_full_size():
     name, rows, prompt, new = "Qwen/Qwen2.5-3B-Instruct", 16, 512, 1024
     seq = prompt + new
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plan.PAPER_MODELS[name]()).eval()
+        model = AutoModelForCausalLM.from_config(counted.PAPER_MODELS[name]()).eval()
         ids, mask = torch.ones(rows, seq, dtype=torch.long), torch.ones(rows, 1, seq, seq, dtype=torch.bool)
     with Live(*held(model), ids, mask) as live:
         with recomputing(model, True):
@@ -258,9 +263,9 @@ def test_update_of_the_papers_policy_at_full_size():
         logprobs = torch.log_softmax(scores, -1).gather(-1, ids[:, prompt:, None])
         del out, scores  # as they are when completion_logprobs has returned
         logprobs.sum().backward()
-    sizes = plan.model_sizes(name, POLICY)
+    sizes = counted.model_sizes(name, POLICY)
     assert live.peak == pytest.approx(
-        plan.activation_bytes(sizes, rows, prompt, new, False, 0, True, logits=True), rel=0.02
+        memory.activation_bytes(sizes, rows, prompt, new, False, 0, True, logits=True), rel=0.02
     )
 
 
@@ -271,7 +276,7 @@ def test_cache_is_that_of_a_real_forward(tmp_path, half, rank):
     with torch.no_grad(), in_half(half):
         cache = model(input_ids=torch.ones(3, 17, dtype=torch.long), use_cache=True).past_key_values
     real = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    assert plan.cache_bytes(sizes, 3, 17, half, rank) == real
+    assert memory.cache_bytes(sizes, 3, 17, half, rank) == real
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -292,7 +297,7 @@ def test_peak_of_a_rollout(tmp_path, monkeypatch, half, rank, words, new, more, 
         out = sample(model, tokenizer, prompts, 4, c)
     assert out.completion_ids.shape[-1] == new
     width = out.prompt_ids.shape[1]
-    expected = plan.rollout_bytes(sizes, 2, 8, width, new, half, rank, (cut[0] > 0, cut[1] < 1))
+    expected = memory.rollout_bytes(sizes, 2, 8, width, new, half, rank, (cut[0] > 0, cut[1] < 1))
     assert live.peak == pytest.approx(expected, rel=0.3 if half and cut[0] else 0.2)  # bfloat16 logits take half
 
 
@@ -301,10 +306,10 @@ def test_peak_of_a_rollout(tmp_path, monkeypatch, half, rank, words, new, more, 
 
 def test_the_papers_profile_on_its_gpus():
     paper = make_config(profile="paper")
-    frame = plan.memory_plan(paper, 4, 80)
+    frame = memory_of(paper, 4, 80)
     assert frame["fits"].any()
     assert "First that fits" in plan.describe_plan(paper, 4, 80)
-    assert list(frame["setting"].unique()) == list(plan.SETTINGS)
+    assert list(frame["setting"].unique()) == list(memory.SETTINGS)
     assert plan.describe_plan(paper, 4, 72).endswith("with profile paper as it is")
     one = plan.describe_plan(paper, 1, 40)
     said = " ".join(one.split())
@@ -317,7 +322,7 @@ def test_the_papers_profile_on_its_gpus():
 
 def test_memory_falls_where_it_must():
     paper = make_config(profile="paper")
-    frame = plan.memory_plan(paper, 4, 80).set_index(["setting", "checkpointing"])
+    frame = memory_of(paper, 4, 80).set_index(["setting", "checkpointing"])
     weights = frame["policy weights"].xs(True, level="checkpointing")
     assert weights["ddp"] == weights["deepspeed_zero2"] > weights["LoRA"]
     assert weights["deepspeed_zero3"] == pytest.approx(weights["ddp"] / 4)
@@ -330,7 +335,7 @@ def test_memory_falls_where_it_must():
     assert frame["CPU memory"].max() == pytest.approx(24 * (3085.9 + 3212.8) * 1e6 / 4 / 2**30, rel=1e-3)
     reference = frame["reference"].xs(True, level=1)
     assert reference["ddp"] == weights["ddp"] and reference["LoRA"] == 0
-    more = plan.memory_plan(paper, 8, 80).set_index(["setting", "checkpointing"])
+    more = memory_of(paper, 8, 80).set_index(["setting", "checkpointing"])
     assert (more["peak"] <= frame["peak"]).all()
     assert more["peak"]["deepspeed_zero2", True] < peaks["deepspeed_zero2"]
 
@@ -340,9 +345,7 @@ def test_the_peak_is_of_one_phase_and_no_sum(tmp_path):
     made(tmp_path, vocab_size=64)
     local = dict(policy_model=str(tmp_path), reward_model=str(tmp_path), rule="frozen", batch_size=64, group_size=8)
     local |= dict(max_prompt_tokens=16, micro_batch_responses=8)
-    one, many = (
-        plan.memory_plan(settings(**local, max_new_tokens=1000, rollout_rows=n), 1, 80).iloc[0] for n in (1, 512)
-    )
+    one, many = (memory_of(settings(**local, max_new_tokens=1000, rollout_rows=n), 1, 80).iloc[0] for n in (1, 512))
     assert (one["peak in"], many["peak in"]) == ("policy", "rollout")
     assert many["peak"] < one["peak"] + many["KV cache"]
     parts = ["policy weights", "reference", "reward weights", "optimizer"]
@@ -352,7 +355,7 @@ def test_the_peak_is_of_one_phase_and_no_sum(tmp_path):
 
 def test_flags_choose_the_setting():
     paper = make_config(profile="paper")
-    frame = plan.memory_plan(paper, 4, 400)
+    frame = memory_of(paper, 4, 400)
     first = frame[frame["fits"]].iloc[0]
     assert first["setting"] == "ddp" and not first["checkpointing"]
     said = " ".join(plan.describe_plan(paper, 4, 400).split())
@@ -362,19 +365,19 @@ def test_flags_choose_the_setting():
 @pytest.mark.parametrize("bad, said", [((0, 80), "gpus = 0"), ((4, 0), "memory_gb = 0"), ((3, 80), "batch_size = 32")])
 def test_impossible_machines_are_refused(bad, said):
     with pytest.raises(ConfigError, match=said):
-        plan.memory_plan(make_config(profile="paper"), *bad)
+        memory_of(make_config(profile="paper"), *bad)
 
 
 def test_bucket_sizes_are_those_of_the_deepspeed_files(tmp_path, monkeypatch):
     paper = make_config(profile="paper")
-    before = plan.memory_plan(paper, 4, 80).set_index("setting")["gradients"]
+    before = memory_of(paper, 4, 80).set_index("setting")["gradients"]
     (tmp_path / "env" / "deepspeed").mkdir(parents=True)
     for stage in ("zero2", "zero2_offload", "zero3"):
-        file = plan.project_root() / "env" / "deepspeed" / f"{stage}.json"
+        file = memory.project_root() / "env" / "deepspeed" / f"{stage}.json"
         values = json.loads(file.read_text())
         values["zero_optimization"] |= {"reduce_bucket_size": 600_000_000}
         (tmp_path / "env" / "deepspeed" / file.name).write_text(json.dumps(values))
-    monkeypatch.setattr(plan, "project_root", lambda: tmp_path)
-    after = plan.memory_plan(paper, 4, 80).set_index("setting")["gradients"]
+    monkeypatch.setattr(memory, "project_root", lambda: tmp_path)
+    after = memory_of(paper, 4, 80).set_index("setting")["gradients"]
     assert (after.filter(like="deepspeed") > before.filter(like="deepspeed") + 1).all()
     assert (after["ddp"] == before["ddp"]).all()

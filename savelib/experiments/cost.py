@@ -45,7 +45,8 @@ from savelib.models.adapters import plain
 from savelib.models.compute import peak_memory, reset_peak_memory
 from savelib.models.rollout import Rollout
 from savelib.paths import project_root, runs_dir, write_atomically
-from savelib.runs.plan import GIB, PAPER_MODELS, Sizes, cache_bytes, model_sizes
+from savelib.runs.memory import GIB, cache_bytes
+from savelib.runs.sizes import PAPER_MODELS, Sizes, model_sizes
 from savelib.training.algorithm import save_step
 from savelib.training.metrics import Clock
 from savelib.training.stages import anchor_stage, preference_stage
