@@ -196,6 +196,20 @@ class Config(BaseModel):
     rm_steps: int = _field(
         1, "algorithm 2, open", "RM gradient steps per batch; the filter stays that of the first", ge=1
     )
+    guard_pairs: int = _field(
+        100, "ours", "rule save_checked: preference pairs that check each block; taken out of those of stage 1", ge=10
+    )
+    guard_preferences: str = _field("", "ours", "their source instead: hub id, .jsonl[.gz] or .parquet")
+    guard_every: int = _field(5, "ours", "rule save_checked: steps of a block", ge=1)
+    certificate_pairs: int = _field(
+        0,
+        "ours",
+        "rule save_checked: further pairs that certify the returned reward model: with probability 1 - "
+        "certificate_alpha it is not worse than the one at the start by more than certificate_delta; 0: none",
+        ge=0,
+    )
+    certificate_alpha: float = _field(0.05, "ours", "chance that the certificate is wrong", gt=0, lt=1)
+    certificate_delta: float = _field(0.02, "ours", "loss of accuracy that the certificate allows", ge=0, lt=1)
     backbone_lr: float = _field(1e-7, "table 8", "backbone learning rate in the loop; 0 freezes it", ge=0)
     reward_head_lr: float = _field(1e-7, "table 8", "reward head learning rate in the loop", gt=0)
     value_head_lr: float = _field(1e-5, "table 8", "value head learning rate in the loop", gt=0)
@@ -264,6 +278,10 @@ class Config(BaseModel):
         if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs or RULES[self.rule].otherwise):
             raise ValueError(
                 f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"
+            )
+        if RULES[self.rule].checked and self.backend == "deepspeed_zero3":
+            raise ValueError(
+                f"rule {self.rule!r} cannot go back under backend = 'deepspeed_zero3': use deepspeed_zero2"
             )
         if self.policy_groups == "both_signs" and not RULES[self.rule].anchor:
             raise ValueError(f"policy_groups=both_signs needs a rule with an anchor, and rule {self.rule!r} has none")

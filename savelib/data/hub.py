@@ -23,7 +23,7 @@ from savelib.config import ConfigError
 from savelib.paths import resolve
 
 T = TypeVar("T")
-DATA_FIELDS = ("preferences", "eval_preferences", "prompts", "eval_prompts_source", "benchmark")
+DATA_FIELDS = ("preferences", "eval_preferences", "guard_preferences", "prompts", "eval_prompts_source", "benchmark")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 

@@ -29,6 +29,7 @@ T = TypeVar("T")
 SPLITS = {  # of a hub dataset: the first that it has, else its first
     "preferences": ("train_prefs", "train"),
     "eval_preferences": ("test_prefs", "test"),
+    "guard_preferences": ("test_prefs", "test"),
     "prompts": ("train",),
     "eval_prompts_source": ("test",),
 }
@@ -124,6 +125,36 @@ def train_and_heldout_preferences(config: Config) -> tuple[list[Preference], lis
         heldout = world.heldout_pairs(world_seed=config.world_seed, start_share=config.share_of_pairs)
         return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in heldout]
     return split_heldout(pairs) if pairs else ([], [])
+
+
+def guard_preferences(config: Config, pairs: list[Preference]) -> tuple[list[Preference], list[Preference]]:
+    """For rule save_checked: (pairs of stage 1, guard_pairs + certificate_pairs others).
+
+    The embedded world draws new ones, as noisy as stage 1's; else they come from guard_preferences, or evenly out of
+    `pairs`. Raises ConfigError where there are too few.
+    """
+    count = config.guard_pairs + config.certificate_pairs
+    if config.preferences == "embedded" and not config.guard_preferences:
+        drawn = world.preference_pairs(
+            world_seed=config.world_seed,
+            n_pairs=count,
+            label_noise=config.label_noise,
+            seed=f"{config.seed} guard",
+            start_share=config.share_of_pairs,
+        )
+        return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in drawn]
+    source = "guard_preferences" if config.guard_preferences else "preferences"
+    found = load_preferences(config.guard_preferences, config, source) if config.guard_preferences else pairs
+    enough = count if config.guard_preferences else count + max(config.bt_batch_size, 2)
+    if len(found) < enough:
+        raise ConfigError(
+            f"{source} = {getattr(config, source)!r} has {len(found)} pairs; guard_pairs = {config.guard_pairs} and "
+            f"certificate_pairs = {config.certificate_pairs} need {enough}: lower them, or give guard_preferences"
+        )
+    if config.guard_preferences:
+        return pairs, found[:count]
+    taken = {i * len(found) // count for i in range(count)}
+    return [p for i, p in enumerate(found) if i not in taken], [found[i] for i in sorted(taken)]
 
 
 def train_and_heldout_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:

@@ -334,7 +334,7 @@ def _pairs(world_seed: int, start_share: float, train: bool, n: int, seed: str) 
 
 
 def preference_pairs(
-    world_seed: int = 0, n_pairs: int = 40, label_noise: float = 0.3, seed: int = 0, start_share: float = 0.4
+    world_seed: int = 0, n_pairs: int = 40, label_noise: float = 0.3, seed: int | str = 0, start_share: float = 0.4
 ) -> list[dict[str, str]]:
     """Stage 1's data: `prompt`, `chosen`, `rejected`, two policy samples of a training prompt that differ in gold.
 

@@ -37,7 +37,10 @@ class Rule:
         nothing is filtered, and no value head is trained).
     loss: (rewards [B,G], anchors [B] or None, partition, eligible [B,G]) -> mean over the groups that `groups` names.
     groups: (partition, eligible [B,G]) -> bool [B], the groups that have a loss; the others get no backward.
-    otherwise: the loss in its place while most responses look right (the lead is above 0); None: there is no other.
+    otherwise: another loss, in its place while most responses look right (the lead is above 0), or by turns if checked.
+    checked: blocks of steps stay only if guard pairs say so (`training.guard`); after one that did not, the other loss
+        has its turn.
+    centred: the gradient holds the mean reward of a batch of preference pairs where it is.
     pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
         rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
     extra: name of a module that is trained on the same loss and takes part in scoring (`training.trainer.EXTRAS`).
@@ -49,6 +52,8 @@ class Rule:
     loss: GroupLoss | None = None
     groups: Callable[[Partition, Tensor], Tensor] | None = None
     otherwise: GroupLoss | None = None
+    checked: bool = False
+    centred: bool = False
     pairs: PairLabels | None = None
     extra: str | None = None
     backbone: bool = True
@@ -104,6 +109,15 @@ RULES: dict[str, Rule] = {
         _save,
         _valid,
         otherwise=_save_mirrored,
+    ),
+    "save_checked": Rule(
+        "ours: SAVE or its mirror image without a common shift, undone block by block unless guard pairs improve",
+        "value",
+        _save,
+        _valid,
+        otherwise=_save_mirrored,
+        checked=True,
+        centred=True,
     ),
     "save_zero_net_force": Rule(
         "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, _valid

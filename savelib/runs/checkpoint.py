@@ -41,12 +41,20 @@ def save_checkpoint(t: Trainer, step: int, run: Path) -> Path:
             if engine.lockstep or is_main():  # the others hold the same as the main process
                 tensors = {k: v.detach().cpu().contiguous() for k, v in engine.state().items()}
                 save_file(tensors, folder / _optimizer_file(name))
+        if t.guard and (t.lockstep or is_main()):
+            save_file(t.guard.tensors(), folder / _guard_file(rank()))
         wait()
         if is_main():
             for name in LOGS:  # a checkpoint on the disk must find its lines there
                 sync(run / name)
             files = {str(f.relative_to(folder)): _sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-            made = {"step": step, "made_with": t.config.only(*SAME_FILES), "state": t.state, "sha256": files}
+            made = {
+                "step": step,
+                "made_with": t.config.only(*SAME_FILES),
+                "state": t.state,
+                "guard": t.guard.numbers() if t.guard else {},
+                "sha256": files,
+            }
             (folder / MANIFEST).write_text(json.dumps(made | {"sha256_of_this": digest(made)}, indent=2))
             if target.exists():  # a damaged one, that was not used
                 drop(target)
@@ -63,6 +71,10 @@ def save_checkpoint(t: Trainer, step: int, run: Path) -> Path:
         if folder and is_main():
             shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _guard_file(rank: int) -> str:
+    return f"guard.rank{rank}.safetensors"
 
 
 def _optimizer_file(name: str) -> str:
@@ -171,6 +183,8 @@ def load_optimizers(t: Trainer, folder: Path) -> None:
     made = _made(folder)
     _refuse_other(folder, made, t.config)
     t.state = made["state"]
+    if t.guard:
+        t.guard.load(made["guard"], load_file(folder / _guard_file(rank() if t.lockstep else 0)))
     for name, engine in t.engines.items():
         file = folder / (_optimizer_file(name) if engine.lockstep else f"{name}_optimizer.rank0.safetensors")
         engine.load_state(load_file(file))

@@ -49,6 +49,8 @@ def train(config: Config) -> Path:
             reset_peak_memory(t.device)
             metrics, samples = save_step(t, step)
             last = step == config.total_steps
+            if last and t.guard:
+                say(t.guard.finish())
             if last or (config.eval_every and step % config.eval_every == 0):
                 metrics |= evaluate(t)
             (metrics["memory/peak_gb"],) = largest(peak_memory(t.device))

@@ -25,7 +25,9 @@ from savelib.training.scoring import (
     encode_groups,
     encode_pairs,
     micro_batches,
+    pairs_at_once,
     score_groups,
+    score_micro_batch,
 )
 from savelib.training.stages import anchor_stage, bradley_terry_step, preference_stage
 from savelib.training.trainer import Trainer, load_data
@@ -66,6 +68,10 @@ def save_step(t: Trainer, step: int, clock: Clock | None = None) -> tuple[dict[s
     with clock.phase("value update"):
         rm_metrics |= improve_value_head(t, scores)  # eq. 21
     rm_metrics |= measure_lead(t, scores, step)
+    if t.guard:  # rule save_checked: a block that did not improve the guard pairs is undone
+        undone, guard_metrics = t.guard.check(step)
+        scores = t.scores(groups, rollout, step) if undone else scores
+        rm_metrics |= guard_metrics
 
     # 3. Policy: the same responses with the updated R, V and filter
     eligible = rollout.finished if c.length_filter == "both" else torch.ones_like(rollout.finished)
@@ -95,11 +101,12 @@ def improve_reward_model(
         return None, metrics
     if rule.loss is None:
         return None, {}
-    mirrored = rule.otherwise is not None and t.state.get("lead", 0.0) > 0
+    mirrored = t.turned_round
     loss_of = rule.otherwise if mirrored else rule.loss
+    resting = t.guard is not None and t.guard.resting
     filtered: list[Feedback] = []  # by micro-batch
     for i in range(c.rm_steps):
-        total, count = 0.0, 0
+        total, count, force = 0.0, 0, 0.0
         for j, rows in enumerate(micro_batches(len(groups), c.micro_batch_groups)):
             eligible = rollout.finished[rows]  # [m, G]
             scores = t.score(groups, rollout, rows, step)
@@ -107,13 +114,17 @@ def improve_reward_model(
                 check_finite(scores.rewards, rollout, step, rows)
                 filtered.append(t.feedback(scores, threshold, eligible))
             part = filtered[j]
-            n = int(rule.groups(part.partition, eligible).sum())
+            n = 0 if resting else int(rule.groups(part.partition, eligible).sum())
             if engine.needed(n):
                 loss = loss_of(scores.rewards, part.anchors, part.partition, eligible) * n
+                if rule.centred:
+                    force += torch.autograd.grad(loss, scores.rewards, retain_graph=True)[0].sum().item()
                 engine.backward(loss)
                 total, count = total + loss.item(), count + n
         total, count = summed(total, count)
         if count:
+            if rule.centred:
+                hold_level(t, force, step)
             norm = engine.step(divisor=count)
             if rule.extra:
                 t.engines[rule.extra].step(divisor=count)
@@ -121,6 +132,18 @@ def improve_reward_model(
     if rule.otherwise:
         metrics["rm/mirrored"] = float(mirrored)
     return Feedback.joined(filtered), metrics | {"rm/groups": int(count)}
+
+
+def hold_level(t: Trainer, force: float, step: int) -> None:
+    """Add the gradient of -F m: m the mean reward of a batch of preference pairs, F the sum of dL/dR over responses.
+
+    So the loss's gradient is that of R - (m - stopgrad m) in the place of R: it cannot shift all rewards together.
+    """
+    (force,) = summed(force)
+    encoded = encode_pairs(t.reward_model, share(t.batch(t.data.pairs, step)))
+    for rows in micro_batches(len(encoded), pairs_at_once(t.config)):
+        rewards = score_micro_batch(t.reward_model, encoded[rows], t.config).rewards  # [n, 2]
+        t.engines["reward_model"].backward(rewards.sum() * (-force / (2 * t.config.batch_size)))
 
 
 def improve_value_head(t: Trainer, scores: GroupScores) -> dict[str, float]:
@@ -141,7 +164,7 @@ def measure_lead(t: Trainer, scores: GroupScores, step: int) -> dict[str, float]
     Half of the pairs' responses are the better ones. So above 0 more than half of the batch looks right to the reward
     model, without gold. The running mean is part of the trainer's state.
     """
-    if not t.rule.otherwise:
+    if not t.rule.otherwise or t.rule.checked:
         return {}
     rm, mine = t.reward_model, share(t.batch(t.data.pairs, step))
     pairs = score_groups(rm, encode_pairs(rm, mine), t.config)

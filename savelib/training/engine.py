@@ -148,6 +148,23 @@ class Engine:
         # a small table may be shared by all of them, which a file of tensors cannot hold
         return {k: v.clone() if v.numel() <= 256 else v for k, v in states.items()}
 
+    # weights and state together, for a way back
+
+    def copy(self) -> dict[str, Tensor]:
+        """The trained weights and the optimizer's state as this process holds them, copied to the CPU's memory."""
+        weights = {f"weight.{i}": p for i, p in enumerate(self._holders()[1])}
+        states = {f"state.{k}": v for k, v in self.state().items()}
+        return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in (weights | states).items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `copy` gave."""
+        optimizer, keys = self._holders()
+        for i, p in enumerate(keys):
+            p.data.copy_(tensors[f"weight.{i}"])
+            optimizer.state[p].clear()
+        states = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+        self.load_state({k: v.clone() for k, v in states.items()})
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         optimizer, keys = self._holders()
         for name, value in tensors.items():
@@ -206,6 +223,10 @@ class ZeroEngine(Engine):
                 if is_main():
                     whole[name] = value.detach().cpu().clone()
         return whole
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        super().restore(tensors)
+        self.engine.optimizer.update_lp_params()  # ZeRO-2: from the partitions to the weights of all processes
 
     def _holders(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         """DeepSpeed's own optimizer, and this process's partitions of the float32 weights."""

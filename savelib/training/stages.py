@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,18 +31,21 @@ from savelib.training.scoring import (
 )
 
 
-def _stage_folder(stage: int, config: Config) -> Path:
-    """Cache folder of a stage: its name hashes all that the result depends on, local models and data included."""
-    key = config.of_stage(stage) | {"code": code_digest()}
+def _stage_folder(stage: int, config: Config, rows: list[Preference] | list[Prompt], after: str = "") -> Path:
+    """Cache folder of a stage: its name hashes all that the result depends on, rows and local models included.
+
+    after: the folder of the stage before.
+    """
+    key = config.of_stage(stage) | {
+        "code": code_digest(),
+        "rows": digest([asdict(r) for r in rows]),
+        "after": Path(after).name,
+    }
     models = {"policy_model": policy_source, "reward_model": reward_source}
     for field, source in models.items():
         if field in key:
             files = sorted(Path(resolve(source(config))).glob("*.*"))  # none for a hub id
             key[field] = [source(config), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
-    for data in (config.preferences, config.eval_preferences, config.prompts):
-        path = Path(resolve(data)) if data else None
-        if path and path.is_file():
-            key[f"sha256 of {data}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return cache_dir() / f"stage{stage}-{digest(key)[:16]}"
 
 
@@ -54,7 +57,7 @@ def preference_stage(config: Config, pairs: list[Preference]) -> str:
     if not config.bt_epochs:
         return reward_source(config)
     source = main_first(reward_source, config)
-    target = _stage_folder(1, config)
+    target = _stage_folder(1, config, pairs)
     if not _exists(target):
         seed_everything("stage 1", config.seed)
         rm = load_reward_model(source, config, pick_device(config.device, config.threads))
@@ -122,7 +125,7 @@ def anchor_stage(config: Config, reward_model: str, prompts: list[Prompt]) -> st
     if RULES[config.rule].anchor != "value":
         return None
     policy_folder = main_first(policy_source, config)
-    target = _stage_folder(2, config)
+    target = _stage_folder(2, config, prompts, reward_model)
     if not _exists(target):
         device = pick_device(config.device, config.threads)
         seed_everything("value head init", config.seed)

@@ -16,6 +16,7 @@ from savelib.config import Config, ConfigError
 from savelib.data.pairs_and_prompts import (
     Preference,
     Prompt,
+    guard_preferences,
     train_and_heldout_preferences,
     train_and_heldout_prompts,
 )
@@ -27,6 +28,7 @@ from savelib.models.rollout import Rollout, shared_sample
 from savelib.processes import main_first
 from savelib.training import r2m
 from savelib.training.engine import Engine, ZeroEngine, adam, reward_optimizer
+from savelib.training.guard import Guard
 from savelib.training.scoring import Feedback, GroupScores, micro_batches, score_micro_batch
 
 EXTRA_LR = {
@@ -43,13 +45,18 @@ class Data:
     heldout_pairs: list[Preference]
     prompts: list[Prompt]
     heldout_prompts: list[Prompt]
+    guard_pairs: list[Preference]  # these two for rule save_checked alone
+    certificate_pairs: list[Preference]
 
 
 def load_data(config: Config) -> Data:
     """Everything that a run reads, before any model is loaded: a bad row should not cost the time of stages 1 and 2."""
     prompts = main_first(train_and_heldout_prompts, config)
-    pairs = main_first(train_and_heldout_preferences, config)
-    return Data(*pairs, *prompts)
+    pairs, heldout = main_first(train_and_heldout_preferences, config)
+    guard: list[Preference] = []
+    if RULES[config.rule].checked:
+        pairs, guard = main_first(guard_preferences, config, pairs)
+    return Data(pairs, heldout, *prompts, guard[: config.guard_pairs], guard[config.guard_pairs :])
 
 
 def extras_of(config: Config) -> list[str]:
@@ -97,6 +104,9 @@ class Trainer:
             if checkpoint:
                 load_model(self.extras[name], checkpoint / f"{name}.safetensors")
         self.engines = self._new_engines()
+        self.guard: Guard | None = None
+        if self.rule.checked:
+            self.guard = Guard(self.reward_model, self.engines, config, data.guard_pairs, data.certificate_pairs)
 
     def _new_extra(self, name: str) -> nn.Module:
         if name == "process_reward":
@@ -135,6 +145,13 @@ class Trainer:
     def kl_in_loss(self) -> bool:
         c = self.config
         return ALGORITHMS[c.algo].kl_in_loss if c.kl == "algorithm" else c.kl == "loss"
+
+    @property
+    def turned_round(self) -> bool:
+        """Whether a rule with two losses takes the other one now."""
+        if self.guard:
+            return self.guard.state.form == 1
+        return self.rule.otherwise is not None and self.state.get("lead", 0.0) > 0
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
