@@ -42,7 +42,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "rm/loss": ("loss of the reward model (L_R of eq. 20, or the rule's)", ""),
     "rm/grad_norm": ("gradient norm of the reward model", ""),
     "rm/groups": ("groups with a loss", ""),
-    "rm/mirrored": ("1 in steps that push up instead of down (save_either_way)", ""),
+    "rm/mirrored": ("1 in steps that push up instead of down (save_either_way, save_checked)", ""),
+    "guard/z": ("at the end of a block: z of the guard pairs' margins against the last block that stayed", "higher"),
+    "guard/accepted": ("blocks that stayed so far (save_checked)", ""),
+    "guard/undone": ("blocks that were undone so far (save_checked)", ""),
+    "guard/resting": ("1 in steps without an update of the reward model (save_checked)", ""),
+    "guard/form": ("which loss the block runs: 0 SAVE, 1 its mirror image (save_checked)", ""),
     "rm/pairs": ("preference pairs with a loss", ""),
     "process/loss": ("loss of PRIME's process reward model", "lower"),
     "process/accuracy": ("responses that PRIME's process reward model puts on the outcome's side", "higher"),
@@ -198,7 +203,7 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
         said.append(
             f"net force: A - D is {net:.2f} over the first third, above {WEAK_PUSH}: few responses are pushed down, "
             "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs, "
-            "or try rule=save_either_way"
+            "or run rule=save_checked"
         )
     if _has(metrics, "force/push") and _has(metrics, "gold/success_rate") and always_down:
         bad = (metrics["force/push"] > metrics["force/pull"]) & (metrics["gold/success_rate"] > 0.5)

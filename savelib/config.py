@@ -142,6 +142,23 @@ class Config(BaseModel):
     label_noise: float = _field(
         0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5, stage=1
     )
+    label_bias: float = _field(
+        0.0,
+        "ours",
+        "embedded world: share of its preference labels that follow the number of `really` instead of quality",
+        stage=1,
+        ge=0,
+        le=1,
+    )
+    feature_offset: float = _field(
+        0.0,
+        "ours",
+        "embedded world: norm of the reward model's mean feature over the spread within a group, about 6 in real "
+        "language models; 0: as pretrained, about .85",
+        stage=1,
+        ge=0,
+        le=50,
+    )
     max_prompt_tokens: int = _field(2048, "ours", "longer prompts are an error", ge=1, stage=2)
 
     # stage 1: preference learning (eq. 2, 11)
@@ -197,7 +214,7 @@ class Config(BaseModel):
         1, "algorithm 2, open", "RM gradient steps per batch; the filter stays that of the first", ge=1
     )
     guard_pairs: int = _field(
-        100, "ours", "rule save_checked: preference pairs that check each block; taken out of those of stage 1", ge=10
+        100, "ours", "rule save_checked: preference pairs that check each block; taken out of those of stage 1", ge=2
     )
     guard_preferences: str = _field("", "ours", "their source instead: hub id, .jsonl[.gz] or .parquet")
     guard_every: int = _field(5, "ours", "rule save_checked: steps of a block", ge=1)
@@ -280,9 +297,7 @@ class Config(BaseModel):
                 f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"
             )
         if RULES[self.rule].checked and self.backend == "deepspeed_zero3":
-            raise ValueError(
-                f"rule {self.rule!r} cannot go back under backend = 'deepspeed_zero3': use deepspeed_zero2"
-            )
+            raise ValueError(f"rule {self.rule!r} cannot undo a block under deepspeed_zero3; use deepspeed_zero2")
         if self.policy_groups == "both_signs" and not RULES[self.rule].anchor:
             raise ValueError(f"policy_groups=both_signs needs a rule with an anchor, and rule {self.rule!r} has none")
         return self

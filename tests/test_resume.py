@@ -30,11 +30,16 @@ from savelib.runs.train import train
 
 # ranks are forked from a server that has imported all: real processes to kill, without the seconds of a start
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["savelib.train", "savelib.cli", "deepspeed"])
+FORK.set_forkserver_preload(["savelib.runs.train", "savelib.cli", "deepspeed"])
 SMALL = dict(
     anchor_prompts=4, total_steps=6, batch_size=2, checkpoint_every=2, eval_every=3, tracker="none", policy_lr=1e-3,
     backbone_lr=1e-4, reward_head_lr=1e-3, gradient_checkpointing=False,
 )  # fmt: skip
+
+
+def checked(base: dict) -> dict:
+    """Rule save_checked with blocks of 3 steps: a checkpoint of step 4 is in the middle of one."""
+    return dict(rule="save_checked", guard_every=3, guard_preferences=base["preferences"], guard_pairs=4)
 
 
 def outcome(run: Path) -> str:
@@ -216,6 +221,18 @@ def test_what_a_rule_or_an_algorithm_trains_besides_goes_on_bit_for_bit(base, va
     assert (run / "reward_model/policy_feedback.safetensors").is_file() == (module == "policy_feedback")
 
 
+@pytest.mark.parametrize("certificate", [0, 2])
+def test_a_block_that_was_interrupted_ends_as_if_it_had_not_been(base, certificate):
+    values = base | checked(base) | dict(guard_pairs=4 - certificate, certificate_pairs=certificate)
+    straight = train(make_config(**values, run_id="straight"))
+    last = read_jsonl(straight / "metrics.jsonl")[-1]
+    assert last["guard/accepted"] + last["guard/undone"] == 2
+    run = killed_after(5, values | dict(run_id="killed"))
+    assert (run / "checkpoints/step_000004/guard.rank0.safetensors").is_file()
+    train(make_config(**values, run_id="killed", resume="auto"))
+    assert outcome(run) == outcome(straight)
+
+
 def test_the_running_lead_is_part_of_a_checkpoint(base, monkeypatch):
     monkeypatch.setattr(
         "savelib.training.algorithm.running_mean", lambda before, now: 1.0 if before is None else before + 1
@@ -225,7 +242,7 @@ def test_the_running_lead_is_part_of_a_checkpoint(base, monkeypatch):
     mirrored = [row["rm/mirrored"] for row in read_jsonl(run / "metrics.jsonl")[1:]]
     assert mirrored == [0, 1, 1, 1, 1, 1], "at the first step nothing is known"
     folder = run / "checkpoints/step_000004"
-    assert json.loads((folder / MANIFEST).read_text())["lead"] == 4
+    assert json.loads((folder / MANIFEST).read_text())["state"] == {"lead": 4}
     again = train(make_config(**values, run_id="again", resume=str(folder)))
     assert [row["rm/mirrored"] for row in read_jsonl(again / "metrics.jsonl")[-2:]] == [1, 1]
 
@@ -235,7 +252,7 @@ def test_the_running_lead_is_part_of_a_checkpoint(base, monkeypatch):
     pytest.param("deepspeed_zero2", marks=pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed: Linux")),
 ])  # fmt: skip
 def test_two_processes_go_on_bit_for_bit(base, backend):
-    values = base | dict(num_processes=2, backend=backend)
+    values = base | checked(base) | dict(num_processes=2, backend=backend)
     ranks = started(values | dict(run_id="straight"))
     assert finished(ranks) == [0, 0], said()
     straight = Path(os.environ["SAVE_RUNS"]) / "straight"
@@ -243,7 +260,7 @@ def test_two_processes_go_on_bit_for_bit(base, backend):
     shards = {f.name for f in (run / "checkpoints/step_000004").glob("policy_optimizer*")}
     assert shards == {f"policy_optimizer.rank{i}.safetensors" for i in range(1 if backend == "ddp" else 2)}
     with pytest.raises(ConfigError, match=r"was made with (backend = 'deepspeed_zero2', )?num_processes = 2; give the"):
-        train(make_config(**base, run_id="one", resume=str(run / "checkpoints/step_000004")))
+        train(make_config(**base | checked(base), run_id="one", resume=str(run / "checkpoints/step_000004")))
     assert finished(started(values | dict(run_id="killed", resume="auto"))) == [0, 0], said()
     assert outcome(run) == outcome(straight)
 

@@ -88,6 +88,7 @@ def load_preferences(source: str, config: Config, field: str = "preferences") ->
             label_noise=config.label_noise,
             seed=config.seed,
             start_share=config.share_of_pairs,
+            label_bias=config.label_bias,
         )
         return [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs]
     return _converted(_rows(source, field), _preference, config)
@@ -141,6 +142,7 @@ def guard_preferences(config: Config, pairs: list[Preference]) -> tuple[list[Pre
             label_noise=config.label_noise,
             seed=f"{config.seed} guard",
             start_share=config.share_of_pairs,
+            label_bias=config.label_bias,
         )
         return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in drawn]
     source = "guard_preferences" if config.guard_preferences else "preferences"

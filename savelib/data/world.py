@@ -281,11 +281,70 @@ def _build(name: str, make: Callable[[], LlamaForCausalLM]) -> Path:
     return target
 
 
-def build_backbone(world_seed: int = 0) -> Path:
+@torch.no_grad()
+def geometry(features: torch.Tensor) -> tuple[float, float]:
+    """(norm of the mean feature over the spread within a group, that spread); features [P, G, d].
+
+    Spread: root of the mean squared distance to the group's mean.
+    """
+    spread = (features - features.mean(1, keepdim=True)).square().sum(-1).mean().sqrt().item()
+    return features.mean((0, 1)).norm().item() / spread, spread
+
+
+@torch.no_grad()
+def last_states(model: LlamaForCausalLM) -> torch.Tensor:
+    """States before the final norm [P, 8, d] at the last token of 8 responses to each held-out prompt, half right."""
+    rng, states = random.Random("geometry"), []
+    texts = [_exchange(prompt, _response(rng, prompt, 0.5)) for prompt in heldout_prompts() for _ in range(8)]
+    encoded = make_tokenizer()(texts, padding=True, return_tensors="pt")
+    hook = model.model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    model.model(**encoded)
+    hook.remove()
+    last = (torch.arange(len(texts)), encoded.attention_mask.sum(1) - 1)
+    return states[0][last].unflatten(0, (-1, 8))
+
+
+@_one_thread()
+@torch.no_grad()
+def with_offset(model: LlamaForCausalLM, offset: float, seed: int) -> LlamaForCausalLM:
+    """A copy whose features have a mean of `offset` times their spread within a group, as a real model's have.
+
+    The last layer's MLP gets a bias in a random direction, as large as it takes, and the final norm is scaled so that
+    the spread is what it was. (SmolLM2-135M: 5 to 7 at every layer; this world without it: about .85.)
+    Errors: ValueError for an offset that the features have already.
+    """
+    settings = model.config.to_dict() | {"mlp_bias": True}
+    copy = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    copy.load_state_dict(model.state_dict(), strict=False)  # what it lacks are the biases, 0 at the start
+    generator = torch.Generator().manual_seed(seed)
+    direction = F.normalize(torch.randn(model.config.hidden_size, generator=generator), dim=0)
+    states, norm = last_states(model), copy.model.norm
+    plain, spread = geometry(norm(states))
+    if offset <= plain:
+        raise ValueError(f"feature_offset {offset}: this world's features have {plain:.2f} already; give more, or 0")
+    low, high = 0.0, 1e4
+    for _ in range(50):
+        middle = (low + high) / 2
+        less = geometry(norm(states + middle * direction))[0] < offset
+        low, high = (middle, high) if less else (low, middle)
+    copy.model.layers[-1].mlp.down_proj.bias.copy_(low * direction)
+    norm.weight.mul_(spread / geometry(norm(states + low * direction))[1])
+    return copy
+
+
+def build_backbone(world_seed: int = 0, feature_offset: float = 0.0) -> Path:
     """Folder of the pretrained backbone (model and tokenizer), built in about 20 s unless it is in the cache.
 
-    Errors: RuntimeError where the probe shows that quality was not learnt.
+    feature_offset: of its features (`with_offset`); 0: as pretrained.
+    Errors: RuntimeError where the probe shows that quality was not learnt; ValueError for an offset that is too small.
     """
+    if feature_offset:
+        plain = build_backbone(world_seed)
+
+        def shifted() -> LlamaForCausalLM:
+            return with_offset(AutoModelForCausalLM.from_pretrained(plain), feature_offset, world_seed)
+
+        return _build(f"backbone {world_seed} offset {feature_offset}", shifted)
 
     def make() -> LlamaForCausalLM:
         model = pretrain(world_seed)
@@ -334,17 +393,27 @@ def _pairs(world_seed: int, start_share: float, train: bool, n: int, seed: str) 
 
 
 def preference_pairs(
-    world_seed: int = 0, n_pairs: int = 40, label_noise: float = 0.3, seed: int | str = 0, start_share: float = 0.4
+    world_seed: int = 0,
+    n_pairs: int = 40,
+    label_noise: float = 0.3,
+    seed: int | str = 0,
+    start_share: float = 0.4,
+    label_bias: float = 0.0,
 ) -> list[dict[str, str]]:
     """Stage 1's data: `prompt`, `chosen`, `rejected`, two policy samples of a training prompt that differ in gold.
 
-    Each label is flipped with probability `label_noise`. Errors: ValueError for a probability outside [0, 1].
+    Each label is flipped with probability `label_noise`. Before that, with probability `label_bias`, it goes to the
+    response with more `really`, whatever its quality, where they differ in it: a systematic bias, as for length.
+    Errors: ValueError for a probability outside [0, 1].
     """
     if not 0 <= label_noise <= 1:
         raise ValueError(f"label_noise {label_noise}: the share of flipped labels must lie in [0, 1]")
     rng = random.Random(f"labels {world_seed} {seed}")
     pairs = [dict(p) for p in _pairs(world_seed, start_share, True, n_pairs, f"preferences {world_seed} {seed}")]
+    biased = random.Random(f"bias {world_seed} {seed}")
     for pair in pairs:
+        if biased.random() < label_bias and pair["chosen"].count("really") < pair["rejected"].count("really"):
+            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
         if rng.random() < label_noise:
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
     return pairs

@@ -99,5 +99,5 @@ def policy_source(config: Config) -> str:
 def reward_source(config: Config) -> str:
     """Folder or hub id of what stage 1 starts from."""
     if config.reward_model == "embedded":
-        return str(world.build_backbone(config.world_seed))
+        return str(world.build_backbone(config.world_seed, config.feature_offset))
     return str(smollm2_path()) if config.reward_model == "smollm2" else config.reward_model

@@ -32,8 +32,6 @@ def connect(config: Config) -> None:
             "--nproc_per_node times --nnodes as num_processes, or let `python -m savelib train` start them"
         )
     cuda = config.device != "cpu" and torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed, which warns else
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and here > torch.cuda.device_count():
         raise ConfigError(
