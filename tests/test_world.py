@@ -160,6 +160,32 @@ def test_preference_pairs():
     assert len(world.preference_pairs(0)) == 40
 
 
+def test_biased_labels_follow_really_where_it_differs():
+    clean, biased = (world.preference_pairs(0, 150, label_noise=0.0, label_bias=b) for b in (0.0, 1.0))
+    turned = 0
+    for pair, right in zip(biased, clean, strict=True):
+        wants = right["rejected"].count("really") > right["chosen"].count("really")
+        assert (pair["chosen"] == right["rejected"]) == wants
+        turned += wants
+    assert 30 < turned < 70, "a third of the pairs, since a third has as many"
+    some = world.preference_pairs(0, 150, label_noise=0.0, label_bias=0.5)
+    assert 0 < sum(a != b for a, b in zip(some, clean, strict=True)) < turned
+
+
+def test_a_feature_offset_moves_the_mean_and_nothing_else():
+    plain, shifted = (AutoModelForCausalLM.from_pretrained(world.build_backbone(0, o)) for o in (0.0, 6.0))
+    before, after = (m.model.norm(world.last_states(m)).detach() for m in (plain, shifted))
+    ratio, spread = world.geometry(before)
+    naive = sum(((group - group.mean(0)) ** 2).sum(1).mean() for group in before) / len(before)
+    assert spread == pytest.approx(naive.sqrt().item(), rel=1e-5) and 0.5 < ratio < 1.2
+    assert world.geometry(after) == pytest.approx((6.0, spread), rel=1e-4)
+    centred = [(x - x.mean(1, keepdim=True)).flatten(0, 1) for x in (before, after)]
+    cosine = torch.nn.functional.cosine_similarity(*centred, dim=1)
+    assert cosine.mean() > 0.9, "responses differ in the same directions as before"
+    with pytest.raises(ValueError, match="feature_offset 0.5: this world's features have 0.8"):
+        world.with_offset(plain, 0.5, 0)
+
+
 def test_heldout_pairs():
     pairs = world.heldout_pairs(0)
     assert len(pairs) == 256 and pairs == world.heldout_pairs(0)
