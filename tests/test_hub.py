@@ -35,22 +35,22 @@ DRIVER = """
 import json, sys, time
 time.sleep = lambda seconds: None
 import torch
-from savelib import data, models
 from savelib.config import ConfigError, make_config
-from savelib.data import split_heldout
+from savelib.data.pairs_and_prompts import train_and_heldout_preferences, train_and_heldout_prompts
+from savelib.models.loading import load_policy, load_reward_model
 said = {}
 for name, call, values in json.loads(sys.argv[1]):
     config = make_config(**values)
     try:
         if call == "policy":
-            said[name] = type(models.load_policy(config.policy_model, torch.device("cpu"))[0]).__name__
+            said[name] = type(load_policy(config.policy_model, torch.device("cpu"))[0]).__name__
         elif call == "reward_model":
-            model = models.load_reward_model(config.reward_model, config, torch.device("cpu"))
+            model = load_reward_model(config.reward_model, config, torch.device("cpu"))
             said[name] = type(model.model).__name__
         elif call == "preferences":
-            said[name] = [[p.prompt[0]["content"] for p in part] for part in data.train_and_heldout_preferences(config)]
+            said[name] = [[p.prompt[0]["content"] for p in part] for part in train_and_heldout_preferences(config)]
         else:
-            said[name] = [[p.text for p in part] for part in data.train_and_heldout_prompts(config)]
+            said[name] = [[p.text for p in part] for part in train_and_heldout_prompts(config)]
     except ConfigError as error:
         said[name] = str(error)
     except Exception as error:

@@ -400,7 +400,7 @@ def test_a_killed_judging_asks_for_no_game_twice(tmp_path):
     with Script(play) as s:
         code = textwrap.dedent(f"""
             from pathlib import PosixPath
-            from savelib.benchmarks.judge import Endpoint, judge
+            from savelib.benchmarks.judged.judge import Endpoint, judge
             judge(**{files!r}, endpoint={s.endpoint(concurrency=1)!r})
         """)
         child = subprocess.Popen([sys.executable, "-c", code])
