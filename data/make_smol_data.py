@@ -1,7 +1,7 @@
 """Make the four files of the profile `smol`: `python data/make_smol_data.py [--force]`.
 
-Prompts are drawn from savelib.data.instructions, responses are sampled from SmolLM2-135M-Instruct, and the checkers label
-them. Simplified: a pair is one response that passes and one that fails, whatever else tells them apart.
+Prompts are drawn from savelib.data.instructions, responses are sampled from SmolLM2-135M-Instruct, and the checkers
+label them. Simplified: a pair is one response that passes and one that fails, whatever else tells them apart.
 """
 
 import argparse

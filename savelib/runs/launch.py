@@ -267,10 +267,10 @@ def _stack(text: str) -> str:
     """Where a process was when it crashed, as Python's fault handler wrote it; empty if nothing did."""
     found = re.findall(r"^Fatal Python error: (.*)|^Current thread .*\n((?:  File .*\n?)+)", text, re.MULTILINE)
     said, frames = "".join(f[0] for f in found[:1]), "".join(f[1] for f in found[1:2])
-    frames = re.sub(r"(savelib/train\.py.*\n)(?:.*\n?)*", r"\1", frames)
+    frames = re.sub(r"(savelib/runs/train\.py.*\n)(?:.*\n?)*", r"\1", frames)
     return f"\nTraceback (most recent call first):\n{frames}{said}" if found else ""
 
 
 def _own_frames(traceback: str) -> str:
     """The traceback from `train` on, without the command line's frames."""
-    return re.sub(r"\A(Traceback .*\n)(?:  .*\n)*?(?=  File .*savelib/train\.py)", r"\1", traceback).strip()
+    return re.sub(r"\A(Traceback .*\n)(?:  .*\n)*?(?=  File .*savelib/runs/train\.py)", r"\1", traceback).strip()
