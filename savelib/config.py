@@ -107,6 +107,12 @@ class Config(BaseModel):
         "hub id or folder with one label; embedded; smollm2",
         stage=1,
     )
+    policy_layers: int = _field(
+        0, "ours", "only the last n layers of the policy and its final norm are trained; 0: all weights", ge=0
+    )
+    reward_layers: int = _field(
+        0, "ours", "the reward model is made of the first n layers of its backbone; 0: all", stage=1, ge=0
+    )
     preferences: str = _field(
         "HuggingFaceH4/ultrafeedback_binarized",
         "section 4.1",
@@ -295,6 +301,11 @@ class Config(BaseModel):
         if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs or RULES[self.rule].otherwise):
             raise ValueError(
                 f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"
+            )
+        if self.lora_rank and (self.policy_layers or self.reward_layers):
+            raise ValueError(
+                f"policy_layers = {self.policy_layers} and reward_layers = {self.reward_layers} choose among all "
+                "weights: use lora_rank=0 with them"
             )
         if RULES[self.rule].checked and self.backend == "deepspeed_zero3":
             raise ValueError(f"rule {self.rule!r} cannot undo a block under deepspeed_zero3; use deepspeed_zero2")

@@ -36,7 +36,35 @@ def load_policy(
         AutoModelForCausalLM, str(trained) if whole else source, "policy_model", use_safetensors=True, **settings
     )
     model = model.eval() if "device_map" in settings else model.to(device).eval()
+    if config and config.policy_layers:
+        _train_last_layers(model, config)
     return with_adapters(model, config, "CAUSAL_LM", trained) if config else model, tokenizer
+
+
+def _train_last_layers(model: nn.Module, config: Config) -> None:
+    """Freeze all but the last policy_layers layers and the final norm: no gradient is computed below them."""
+    layers, norm = _layers(model, "policy_layers", config.policy_layers), model.base_model.norm
+    model.requires_grad_(False)
+    for module in (*layers[-config.policy_layers :], norm):
+        module.requires_grad_(True)
+
+
+def _layers(model: nn.Module, field: str, count: int) -> nn.ModuleList:
+    """The decoder layers of a model. Raises ConfigError naming the field where there are not `count` of them."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None or not hasattr(model.base_model, "norm"):
+        raise ConfigError(f"{field} = {count}: {type(model).__name__} has no list of layers with a norm; use {field}=0")
+    if len(layers) < count:
+        raise ConfigError(f"{field} = {count}: the model has {len(layers)} layers; give at most that")
+    return layers
+
+
+def share_frozen(reference: nn.Module, policy: nn.Module) -> None:
+    """Let the reference use the policy's frozen parameters, which are the initial policy's too, in place of its own."""
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            setattr(reference.get_submodule(owner), leaf, parameter)
 
 
 def load_reward_model(
@@ -55,6 +83,11 @@ def load_reward_model(
     model, info = from_pretrained(
         AutoModelForSequenceClassification, path, "reward_model", use_safetensors=True, **settings
     )
+    if config.reward_layers:
+        del _layers(model, "reward_layers", config.reward_layers)[config.reward_layers :]
+        model.config.num_hidden_layers = config.reward_layers
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[: config.reward_layers]
     if model.config.num_labels != 1:
         raise ConfigError(
             f"reward_model = {source!r} has {model.config.num_labels} labels; a scalar reward model has exactly 1"

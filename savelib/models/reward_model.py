@@ -8,6 +8,7 @@ With lora_rank the weights are a frozen base, and adapters are trained on all it
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from savelib.models.compute import is_recomputing
 from savelib.models.prefix import forward_prefixes, forward_suffixes, shares_prefixes
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+KEPT_STATES = 8192  # conversations whose hidden states are kept: two vectors each
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class RewardModel(nn.Module):
             nn.Sequential(out) if value_head == "linear" else nn.Sequential(nn.Linear(width, width), nn.Tanh(), out)
         )
         self.value_head.to(model.device)
+        self.states: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor]] = {}  # kept by `score` if `fixed`
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +125,29 @@ class RewardModel(nn.Module):
 
     # ids -> R, hidden state for V
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the backbone cannot have changed since it was loaded: none of it is trained (backbone_lr = 0)."""
+        return self.scorer.causal and not any(p.requires_grad for p in plain(self.model).base_model.parameters())
+
     def score(self, batch: Encoded) -> Scored:
-        """The scores of N conversations. Rows with the same prompt share its computation (`savelib.prefix`)."""
+        """The scores of N conversations. Hidden states of a backbone that is fixed are computed once a conversation."""
+        if not self.fixed:
+            rewards, hidden = self._forward(batch, self.scorer)
+            return Scored(rewards.float(), hidden.float())
+        keys = [(tuple(row), end) for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
+        new = {key: None for key in keys if key not in self.states}
+        if new:
+            with torch.no_grad():
+                fresh = Encoded([list(ids) for ids, _ in new], [end for _, end in new])
+                self.states |= zip(new, zip(*self._forward(fresh, self.scorer.states), strict=True), strict=True)
+        last, hidden = (torch.stack(part) for part in zip(*(self.states[key] for key in keys), strict=True))
+        for key in list(self.states)[: max(0, len(self.states) - KEPT_STATES)]:  # the oldest
+            del self.states[key]
+        return Scored(self.scorer.reward(last).float(), hidden.float())
+
+    def _forward(self, batch: Encoded, forward: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What `scorer` or `scorer.states` gives; rows with the same prompt share its computation (`models.prefix`)."""
         prompts = [tuple(row[: end + 1]) for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         ends = self._tensor(batch.prompt_ends)  # [N]
@@ -132,13 +156,11 @@ class RewardModel(nn.Module):
         shared = saved > 0.05 * sum(map(len, batch.ids)) and followed and self.scorer.shares_prefixes()
         if not shared:
             ids, lengths = self.padded(batch.ids)
-            rewards, hidden = self.scorer(ids, lengths, ends)
-        else:
-            of = self._tensor([number[prompt] for prompt in prompts])  # [N]
-            prefixes = self.padded(list(number), left=True)  # [U, P]
-            rest = [row[end + 1 :] for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
-            rewards, hidden = self.scorer(*self.padded(rest), ends, (*prefixes, of))
-        return Scored(rewards.float(), hidden.float())
+            return forward(ids, lengths, ends)
+        of = self._tensor([number[prompt] for prompt in prompts])  # [N]
+        prefixes = self.padded(list(number), left=True)  # [U, P]
+        rest = [row[end + 1 :] for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
+        return forward(*self.padded(rest), ends, (*prefixes, of))
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
@@ -186,25 +208,32 @@ class Scorer(nn.Module):
     def forward(
         self, ids: Tensor, lengths: Tensor, ends: Tensor, prefixes: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        model = plain(self.model)
-        where = torch.arange(ids.shape[1], device=ids.device)
-        rows = torch.arange(len(ids), device=ids.device)
+        if self.causal:
+            last, hidden = self.states(ids, lengths, ends, prefixes)
+            return self.reward(last), hidden
+        model, where = plain(self.model), torch.arange(ids.shape[1], device=ids.device)
+        rewards = model(input_ids=ids, attention_mask=(where < lengths[:, None]).long()).logits.squeeze(-1)
+        alone = (where <= ends[:, None]).long()  # [N, S]
+        hidden = model.base_model(input_ids=ids, attention_mask=alone).last_hidden_state
+        return rewards, hidden[torch.arange(len(ids), device=ids.device), ends]
+
+    def reward(self, last: Tensor) -> Tensor:
+        """h_phi: the rewards [N] of last hidden states [N, H]."""
+        return plain(self.model).score(last).squeeze(-1)
+
+    def states(
+        self, ids: Tensor, lengths: Tensor, ends: Tensor, prefixes: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """f_omega of a causal backbone: the hidden states [N, H] that the reward head reads, and those that V reads."""
+        backbone, rows = plain(self.model).base_model, torch.arange(len(ids), device=ids.device)
         if prefixes is not None:
             prefix_ids, prefix_lengths, of = prefixes
-            first = forward_prefixes(model.base_model, prefix_ids, prefix_lengths)
-            hidden = forward_suffixes(
-                model.base_model, first.past_key_values, prefix_lengths, of, ids, lengths
-            ).last_hidden_state
-            return model.score(hidden[rows, lengths - 1]).squeeze(-1), first.last_hidden_state[of, -1]
-        mask = (where < lengths[:, None]).long()  # [N, S]
-        if self.causal:
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            rewards = model.score(hidden[rows, lengths - 1]).squeeze(-1)
-        else:
-            rewards = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
-            alone = (where <= ends[:, None]).long()
-            hidden = model.base_model(input_ids=ids, attention_mask=alone).last_hidden_state
-        return rewards, hidden[rows, ends]
+            first = forward_prefixes(backbone, prefix_ids, prefix_lengths)
+            after = forward_suffixes(backbone, first.past_key_values, prefix_lengths, of, ids, lengths)
+            return after.last_hidden_state[rows, lengths - 1], first.last_hidden_state[of, -1]
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()  # [N, S]
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden[rows, lengths - 1], hidden[rows, ends]
 
 
 @torch.no_grad()

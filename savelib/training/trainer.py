@@ -22,7 +22,7 @@ from savelib.data.pairs_and_prompts import (
 )
 from savelib.method import ALGORITHMS, RULES, Partition, curriculum_threshold, partition, rm_advantages
 from savelib.models.compute import pick_device, seed_everything
-from savelib.models.loading import load_policy, load_reward_model, policy_source
+from savelib.models.loading import load_policy, load_reward_model, policy_source, share_frozen
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Rollout, shared_sample
 from savelib.processes import main_first
@@ -97,6 +97,8 @@ class Trainer:
         )
         # with adapters, the reference is the policy without them
         self.reference = None if config.lora_rank else self.initial_policy().requires_grad_(False)
+        if self.reference and config.policy_layers:
+            share_frozen(self.reference, self.policy)
         self.extras: dict[str, nn.Module] = {}
         for name in extras_of(config):
             seed_everything(name, config.seed)
