@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers.utils import logging as transformers_logging
 
 from savelib.config import ConfigError
 from savelib.paths import resolve
@@ -33,10 +31,6 @@ def from_pretrained(kind: type[T], source: str, field: str, **settings: Any) -> 
     Code that lies beside a model is never run, and nothing is converted by a public service. Raises ConfigError that
     names the config field.
     """
-    # where a model has no safetensors, transformers would have a public service convert it
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    transformers_logging.disable_progress_bar()  # each refresh of a bar would be a line in a log or a notebook
-    transformers_logging.set_verbosity_error()  # a new reward head is expected: load_reward_model makes it
     try:
         return kind.from_pretrained(resolve(source), trust_remote_code=False, **settings)
     except Exception as error:  # whatever transformers, the hub client or safetensors raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -17,9 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from savelib.config import ConfigError
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed, which others import, warns else that it guessed so
 
 
 def reset_peak_memory(device: torch.device) -> None:
