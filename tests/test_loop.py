@@ -70,7 +70,10 @@ def test_a_group_without_contrast_gets_no_backward(world):
 @pytest.mark.parametrize("rule", RULES)
 def test_only_what_should_move_moves(world, rule, tmp_path):
     """Table 8's learning rates: 1e-7 on backbone and reward head really moves float32 weights."""
-    more = dict(reward_model=centre_rewards(world["reward_model"], tmp_path / "rm")) if rule == "ser" else {}
+    more = {
+        "ser": dict(reward_model=centre_rewards(world["reward_model"], tmp_path / "rm")),
+        "save_checked": dict(guard_preferences=world["preferences"], guard_pairs=4),
+    }.get(rule, {})
     t = trainer(world, rule=rule, value_head_lr=1e-5, **more)
     models = {
         "reward": t.reward_model.model,
