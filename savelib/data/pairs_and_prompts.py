@@ -5,7 +5,7 @@ Accepted columns
 - pairs: `prompt, chosen, rejected` as texts, or as message lists (HuggingFaceH4/ultrafeedback_binarized), or only
   `chosen, rejected` as "Human: ... Assistant: ..." transcripts (Anthropic/hh-rlhf)
 - prompts: `prompt` (or `instruction`, as in openbmb/UltraFeedback) as text or messages; optional `checks`
-  (savelib.instructions) makes the gold reward known; optional `completions` serve prompt_selection
+  (savelib.data.instructions) makes the gold reward known; optional `completions` serve prompt_selection
 """
 
 from __future__ import annotations
