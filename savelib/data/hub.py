@@ -28,13 +28,18 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 def from_pretrained(kind: type[T], source: str, field: str, **settings: Any) -> T:
     """kind.from_pretrained(source): the one place where configs, tokenizers and models are read.
 
-    Code that lies beside a model is never run, and nothing is converted by a public service. Raises ConfigError that
-    names the config field.
+    Code that lies beside a model is never run, nor asked about (stdin may answer yes). Raises ConfigError that names
+    the config field.
     """
     try:
         return kind.from_pretrained(resolve(source), trust_remote_code=False, **settings)
     except Exception as error:  # whatever transformers, the hub client or safetensors raise
         raise ConfigError(explain(error, field, source)) from None
+
+
+def from_config(kind: type[T], config: Any) -> Any:
+    """kind.from_config(config): a model of that size, without weights of anyone; as above, without foreign code."""
+    return kind.from_config(config, trust_remote_code=False)
 
 
 def explain(error: Exception, field: str, source: str) -> str:

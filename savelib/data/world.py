@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from savelib.data.hub import from_pretrained
 from savelib.paths import atomic_folder, cache_dir
 
 CATEGORIES = {
@@ -281,6 +282,11 @@ def _build(name: str, make: Callable[[], LlamaForCausalLM]) -> Path:
     return target
 
 
+def _model(folder: Path) -> LlamaForCausalLM:
+    """What `_build` has saved."""
+    return from_pretrained(AutoModelForCausalLM, str(folder), "the embedded world")
+
+
 @torch.no_grad()
 def geometry(features: torch.Tensor) -> tuple[float, float]:
     """(norm of the mean feature over the spread within a group, that spread); features [P, G, d].
@@ -342,7 +348,7 @@ def build_backbone(world_seed: int = 0, feature_offset: float = 0.0) -> Path:
         plain = build_backbone(world_seed)
 
         def shifted() -> LlamaForCausalLM:
-            return with_offset(AutoModelForCausalLM.from_pretrained(plain), feature_offset, world_seed)
+            return with_offset(_model(plain), feature_offset, world_seed)
 
         return _build(f"backbone {world_seed} offset {feature_offset}", shifted)
 
@@ -369,7 +375,7 @@ def build_policy(world_seed: int = 0, start_share: float = 0.4) -> Path:
     backbone = build_backbone(world_seed)
     return _build(
         f"policy {world_seed} {start_share}",
-        lambda: sft_policy(AutoModelForCausalLM.from_pretrained(backbone), start_share, world_seed),
+        lambda: sft_policy(_model(backbone), start_share, world_seed),
     )
 
 
@@ -379,7 +385,7 @@ def _pairs(world_seed: int, start_share: float, train: bool, n: int, seed: str) 
     if n < 1:
         raise ValueError(f"{n} pairs asked for: take at least 1")
     folder, rng = build_policy(world_seed, start_share), random.Random(seed)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = _model(folder), from_pretrained(AutoTokenizer, str(folder), "the embedded world")
     prompts, pairs = _TRAIN if train else heldout_prompts(), []
     for _ in range(100):
         if len(pairs) >= n:

@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from savelib.config import Config, ConfigError, make_config
+from savelib.data.hub import from_config
 from savelib.models.adapters import plain
 from savelib.models.compute import peak_memory, reset_peak_memory
 from savelib.models.rollout import Rollout
@@ -136,9 +137,10 @@ def save_models(shape: str, folder: Path, device: str = "cpu") -> None:
     torch.manual_seed(0)
     with torch.device(device):
         models = {
-            "policy": AutoModelForCausalLM.from_config(policy(pad_token_id=0, eos_token_id=1, bos_token_id=None)),
-            "reward": AutoModelForSequenceClassification.from_config(
-                reward(pad_token_id=0, eos_token_id=1, bos_token_id=None, num_labels=1)
+            "policy": from_config(AutoModelForCausalLM, policy(pad_token_id=0, eos_token_id=1, bos_token_id=None)),
+            "reward": from_config(
+                AutoModelForSequenceClassification,
+                reward(pad_token_id=0, eos_token_id=1, bos_token_id=None, num_labels=1),
             ),
         }
     for model in models.values():

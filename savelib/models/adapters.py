@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from savelib.config import Config
-from savelib.paths import resolve
+from savelib.data.hub import from_pretrained
 
 
 def base_settings(config: Config, device: torch.device) -> dict:
@@ -78,9 +78,8 @@ def save_merged(model: nn.Module, source: str, folder: Path, weights: dict[str, 
 
         model.save_pretrained(folder)
         classifier = hasattr(plain(model), "score")
-        base = type(plain(model)).from_pretrained(
-            resolve(source), dtype=torch.float32, **({"num_labels": 1} if classifier else {})
-        )
+        field, labels = ("reward_model", {"num_labels": 1}) if classifier else ("policy_model", {})
+        base = from_pretrained(type(plain(model)), source, field, dtype=torch.float32, **labels)
         model, weights = PeftModel.from_pretrained(base, folder).merge_and_unload(), None
         for file in folder.glob("adapter_*"):
             file.unlink()

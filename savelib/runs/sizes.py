@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from savelib.config import Config, ConfigError
+from savelib.data.hub import from_config, from_pretrained
 from savelib.models.loading import policy_source, reward_source
-from savelib.paths import resolve
 
 # the sizes that the paper's models publish, for where the hub is out of reach; call one for its config
 PAPER_MODELS: dict[str, Callable[..., PreTrainedConfig]] = {
@@ -82,16 +82,13 @@ def model_sizes(source: str, field: str) -> Sizes:
     reward = field == "reward_model"
     kind, more = (AutoModelForSequenceClassification, {"num_labels": 1}) if reward else (AutoModelForCausalLM, {})
     try:
-        found, published = AutoConfig.from_pretrained(resolve(source), **more), False
-    except (OSError, ValueError) as error:
+        found, published = from_pretrained(AutoConfig, source, field, **more), False
+    except ConfigError:
         if source not in PAPER_MODELS:
-            raise ConfigError(
-                f"{field} = {source!r}: its config cannot be loaded; give a folder with a config.json, or a hub id and "
-                f"a connection to the hub: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-            ) from None
+            raise
         found, published = PAPER_MODELS[source](**more), True
     with torch.device("meta"):
-        model = kind.from_config(found)
+        model = from_config(kind, found)
     c, names = model.config.get_text_config(), [name for name, _ in model.named_modules()]
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return Sizes(
