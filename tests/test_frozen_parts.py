@@ -8,10 +8,13 @@ from tiny_models import make_reward_model, paper_run
 from transformers import AutoModelForSequenceClassification
 
 from savelib.config import ConfigError, make_config
+from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import RewardModel
 from savelib.runs.train import train
 from savelib.training.algorithm import prepare, save_step
 from savelib.training.evaluation import evaluate
+from savelib.training.stages import fit_bradley_terry
+from savelib.training.trainer import load_data
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def test_steps_with_kept_states_equal_the_plain_ones(base, values, monkeypatch):
         t = prepare(make_config(**base | values))
         metrics = [save_step(t, step)[0] for step in (1, 2)] + [evaluate(t)]
         found.append((metrics, t.reward_model.model.score.weight.detach(), t.policy.state_dict()))
-        assert bool(t.reward_model.states) == keep
+        assert (t.heldout_pairs.encoded[0].states is not None) == keep
     (kept, head, policy), (plain, plain_head, plain_policy) = found
     for a, b in zip(kept, plain, strict=True):
         assert a.keys() == b.keys()
@@ -54,20 +57,37 @@ def test_a_conversation_goes_through_a_fixed_backbone_once(base, monkeypatch):
     seen, whole = [], t.reward_model.scorer.states
     monkeypatch.setattr(t.reward_model.scorer, "states", lambda ids, *rest: seen.append(len(ids)) or whole(ids, *rest))
     save_step(t, 1)
-    assert 0 < sum(seen) <= 4 * 6, "the second pass of the step finds all states"
+    assert sum(seen) == 4 * 6, "the second pass of the step takes the states of the first"
+    seen.clear()
     evaluate(t)
-    before = sum(seen)
+    pairs, first = 2 * len(t.data.heldout_pairs), sum(seen)
+    seen.clear()
     evaluate(t)
-    assert sum(seen) == before, "the same pairs, and the same responses of the same policy"
-    monkeypatch.setattr("savelib.models.reward_model.KEPT_STATES", 5)
-    save_step(t, 2)
-    assert len(t.reward_model.states) == 5
+    assert sum(seen) == first - pairs > 0, "the fixed pairs go through once, the policy's responses each time"
+
+
+def test_stage_1_computes_each_pair_of_a_fixed_backbone_once(base, monkeypatch):
+    c = make_config(**base | dict(bt_epochs=3, bt_backbone_lr=0.0, bt_head_lr=1e-2))
+    pairs, found = load_data(c).pairs, []
+    for keep in (True, False):
+        rm = load_reward_model(c.reward_model, c, torch.device("cpu"))
+        torch.manual_seed(0)
+        if not keep:
+            monkeypatch.setattr(RewardModel, "fixed", property(lambda self: False))
+        seen, whole = [], rm.scorer.states
+        monkeypatch.setattr(
+            rm.scorer, "states", lambda ids, *rest, f=whole, s=seen: s.append(len(ids)) or f(ids, *rest)
+        )
+        found.append((fit_bradley_terry(rm, pairs, c), rm.model.score.weight.detach()))
+        assert sum(seen) == 2 * len(pairs) * (1 if keep else 3)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-5)
 
 
 def test_a_trained_backbone_keeps_nothing(base):
     t = prepare(make_config(**base | dict(backbone_lr=1e-5)))
     save_step(t, 1)
-    assert not t.reward_model.fixed and not t.reward_model.states
+    assert not t.reward_model.fixed and t.heldout_pairs.encoded[0].states is None
 
 
 def test_only_the_last_layers_of_the_policy_move_and_the_reference_shares_the_others(base):

@@ -25,7 +25,7 @@ from savelib.runs.train import train
 from savelib.training import prime, r2m
 from savelib.training.algorithm import prepare, save_step
 from savelib.training.engine import Engine, reward_optimizer
-from savelib.training.scoring import encode_groups
+from savelib.training.scoring import encode_groups, encode_pairs
 from savelib.training.stages import bradley_terry_step
 
 NEW = {"ser": dict(rule="ser"), "r2m": dict(rule="r2m"), "prime": dict(rule="frozen", algo="prime")}
@@ -91,7 +91,7 @@ def test_ser_learns_from_its_own_verdict_whatever_the_label(base):
     for rows in (pairs, flipped):
         rm = copy.deepcopy(t.reward_model)
         engine = Engine("reward_model", reward_optimizer(rm, c, 1e-3, 1e-2), 1.0)
-        metrics.append(bradley_terry_step(rm, rows, engine, c, self_labelled))
+        metrics.append(bradley_terry_step(rm, encode_pairs(rm, rows), engine, c, self_labelled))
         weights.append(rm.model.score.weight.detach().clone())
     assert torch.equal(*weights) and metrics[0] == metrics[1]
     losses = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from savelib.models.compute import is_recomputing
 from savelib.models.prefix import forward_prefixes, forward_suffixes, shares_prefixes
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-KEPT_STATES = 8192  # conversations whose hidden states are kept: two vectors each
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,27 @@ class Scored:
 class Encoded:
     """N rendered conversations as token ids; masks come from lengths.
 
-    ids: token ids of each conversation; prompt_ends: index of the token that V reads.
+    ids: token ids of each conversation; prompt_ends: index of the token that V reads; states: what `embed` adds.
     """
 
     ids: list[list[int]]
     prompt_ends: list[int]
+    states: tuple[Tensor, Tensor] | None = None  # [N, H] that the reward head reads, [N, H] that V reads
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> Encoded:
-        return Encoded(self.ids[rows], self.prompt_ends[rows])
+        states = self.states and (self.states[0][rows], self.states[1][rows])
+        return Encoded(self.ids[rows], self.prompt_ends[rows], states)
+
+    @classmethod
+    def joined(cls, parts: list[Encoded]) -> Encoded:
+        """The conversations of all parts; they have states if all parts have."""
+        ids, ends = [row for p in parts for row in p.ids], [end for p in parts for end in p.prompt_ends]
+        states = [p.states for p in parts if p.states]
+        whole = len(states) == len(parts) > 0
+        return cls(ids, ends, tuple(map(torch.cat, zip(*states, strict=True))) if whole else None)
 
 
 class RewardModel(nn.Module):
@@ -70,7 +79,6 @@ class RewardModel(nn.Module):
             nn.Sequential(out) if value_head == "linear" else nn.Sequential(nn.Linear(width, width), nn.Tanh(), out)
         )
         self.value_head.to(model.device)
-        self.states: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor]] = {}  # kept by `score` if `fixed`
 
     @property
     def device(self) -> torch.device:
@@ -130,21 +138,19 @@ class RewardModel(nn.Module):
         """Whether the backbone cannot have changed since it was loaded: none of it is trained (backbone_lr = 0)."""
         return self.scorer.causal and not any(p.requires_grad for p in plain(self.model).base_model.parameters())
 
+    @torch.no_grad()
+    def embed(self, batch: Encoded) -> Encoded:
+        """The batch with the hidden states of a fixed backbone, which `score` takes; unchanged if omega is trained."""
+        return replace(batch, states=self._forward(batch, self.scorer.states)) if self.fixed else batch
+
     def score(self, batch: Encoded) -> Scored:
-        """The scores of N conversations. Hidden states of a backbone that is fixed are computed once a conversation."""
-        if not self.fixed:
+        """The rewards of N conversations, and the hidden states that V reads."""
+        if batch.states:
+            last, hidden = batch.states
+            rewards = self.scorer.reward(last)
+        else:
             rewards, hidden = self._forward(batch, self.scorer)
-            return Scored(rewards.float(), hidden.float())
-        keys = [(tuple(row), end) for row, end in zip(batch.ids, batch.prompt_ends, strict=True)]
-        new = {key: None for key in keys if key not in self.states}
-        if new:
-            with torch.no_grad():
-                fresh = Encoded([list(ids) for ids, _ in new], [end for _, end in new])
-                self.states |= zip(new, zip(*self._forward(fresh, self.scorer.states), strict=True), strict=True)
-        last, hidden = (torch.stack(part) for part in zip(*(self.states[key] for key in keys), strict=True))
-        for key in list(self.states)[: max(0, len(self.states) - KEPT_STATES)]:  # the oldest
-            del self.states[key]
-        return Scored(self.scorer.reward(last).float(), hidden.float())
+        return Scored(rewards.float(), hidden.float())
 
     def _forward(self, batch: Encoded, forward: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What `scorer` or `scorer.states` gives; rows with the same prompt share its computation (`models.prefix`)."""

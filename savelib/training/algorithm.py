@@ -22,6 +22,7 @@ from savelib.training.scoring import (
     Feedback,
     GroupScores,
     check_finite,
+    embed_groups,
     encode_groups,
     encode_pairs,
     micro_batches,
@@ -58,6 +59,8 @@ def save_step(t: Trainer, step: int, clock: Clock | None = None) -> tuple[dict[s
         rollout = t.sample(step)
     with clock.phase("reward scoring"):
         groups = encode_groups(t.reward_model, rollout)
+        if not t.rule.extra:
+            groups = embed_groups(t.reward_model, groups, c)
 
     # 2. Reward model: contrastive loss on the valid prompts, then the value head on all prompts
     with clock.phase("RM update"):
@@ -97,7 +100,7 @@ def improve_reward_model(
     if rule.pairs:
         for i in range(c.rm_steps):
             pairs = t.batch(t.data.pairs, (step - 1) * c.rm_steps + i + 1)
-            metrics = bradley_terry_step(t.reward_model, pairs, engine, c, rule.pairs)
+            metrics = bradley_terry_step(t.reward_model, encode_pairs(t.reward_model, pairs), engine, c, rule.pairs)
         return None, metrics
     if rule.loss is None:
         return None, {}

@@ -7,7 +7,7 @@ import torch
 from savelib.models.compute import seed_everything
 from savelib.models.rollout import shared_sample
 from savelib.processes import gathered
-from savelib.training.scoring import encode_groups, pair_margins, score_groups
+from savelib.training.scoring import encode_groups, score_groups
 from savelib.training.trainer import Trainer
 
 RESPONSES = 4  # per held-out prompt
@@ -34,8 +34,7 @@ def evaluate(t: Trainer) -> dict[str, float]:
     c = t.config
     out = {}
     if t.data.heldout_pairs:
-        margins = pair_margins(t.reward_model, t.data.heldout_pairs, c)
-        out["eval/rm_accuracy"] = (margins > 0).float().mean().item()
+        out["eval/rm_accuracy"] = (t.heldout_pairs.margins() > 0).float().mean().item()
     seed_everything("evaluation", c.seed)
     prompts = t.data.heldout_prompts[:: max(1, len(t.data.heldout_prompts) // c.eval_prompts)][: c.eval_prompts]
     rewards, hidden, gold = [], [], []

@@ -16,7 +16,7 @@ from savelib.data.pairs_and_prompts import Preference
 from savelib.method.guard import GuardState, certified, improvement_z
 from savelib.models.reward_model import RewardModel
 from savelib.training.engine import Engine
-from savelib.training.scoring import pair_margins
+from savelib.training.scoring import FixedPairs
 
 GUARDED = ("reward_model", "value_head")  # engines
 ACCEPT = 1.0  # the z above which a block stays
@@ -38,10 +38,11 @@ class Guard:
         certificate: list[Preference],
     ):
         self.rm, self.engines, self.config = rm, engines, config
-        self.pairs, self.certificate = pairs, certificate
+        self.pairs = FixedPairs(rm, pairs, config)
+        self.certificate = FixedPairs(rm, certificate, config) if certificate else None
         self.state, self.accepted, self.undone, self.looks, self.certified_at = GuardState(), 0, 0, 0, 0
-        self.confirmed = self._copy() | {"margins": self._margins(pairs)}
-        self.start = self._margins(certificate)
+        self.confirmed = self._copy() | {"margins": self.pairs.margins()}
+        self.start = self.certificate.margins() if self.certificate else torch.zeros(0)
         self.returned = self._copy() if certificate else {}
 
     @property
@@ -56,7 +57,7 @@ class Guard:
             if self.resting:
                 self.state = self.state.rested()
             else:
-                now = self._margins(self.pairs)
+                now = self.pairs.margins()
                 metrics["guard/z"] = improvement_z(now, self.confirmed["margins"])
                 undone = self._decide(metrics["guard/z"] > ACCEPT, now, step)
         return undone, metrics | {"guard/accepted": float(self.accepted), "guard/undone": float(self.undone)}
@@ -71,7 +72,7 @@ class Guard:
         self.confirmed = self._copy() | {"margins": now}
         if self.certificate:
             self.looks += 1
-            c, after = self.config, self._margins(self.certificate)
+            c, after = self.config, self.certificate.margins()
             if certified(after, self.start, self.looks, c.certificate_alpha, c.certificate_delta):
                 self.certified_at, self.returned = step, self._copy()
         return False
@@ -87,9 +88,6 @@ class Guard:
         return f"{said}; no look was conclusive, so the reward model of the start is returned"
 
     # what a block may change
-
-    def _margins(self, pairs: list[Preference]) -> Tensor:
-        return pair_margins(self.rm, pairs, self.config) if pairs else torch.zeros(0)
 
     def _copy(self) -> dict[str, Tensor]:
         return {f"{name}.{k}": v for name in GUARDED for k, v in self.engines[name].copy().items()}

@@ -86,10 +86,21 @@ def pairs_at_once(config: Config) -> int:
 
 def score_micro_batch(rm: RewardModel, groups: list[Encoded], config: Config) -> GroupScores:
     """One forward over groups of equal size, with gradients where they are on; V reads each group's first row."""
-    flat = Encoded([r for g in groups for r in g.ids], [e for g in groups for e in g.prompt_ends])
     with autocast(rm.device, config.precision), recomputing(rm.model, config.gradient_checkpointing):
-        scored = rm.score(flat)
+        scored = rm.score(Encoded.joined(groups))
     return GroupScores(scored.rewards.view(len(groups), -1), scored.prompt_hidden[:: len(groups[0])])
+
+
+def embed_groups(rm: RewardModel, groups: list[Encoded], config: Config, size: int | None = None) -> list[Encoded]:
+    """Groups of equal size with the hidden states of a fixed backbone, for repeated scoring; unchanged if trained."""
+    if not rm.fixed:
+        return groups
+    out = []
+    for rows in micro_batches(len(groups), size or config.micro_batch_groups):
+        with autocast(rm.device, config.precision):
+            batch, n = rm.embed(Encoded.joined(groups[rows])), len(groups[0])
+        out += [batch[at] for at in micro_batches(len(batch), n)]
+    return out
 
 
 @torch.no_grad()
@@ -99,14 +110,26 @@ def score_groups(rm: RewardModel, groups: list[Encoded], config: Config, size: i
     return GroupScores.joined([score_micro_batch(rm, groups[rows], config) for rows in slices])
 
 
+class FixedPairs:
+    """Preference pairs that are scored again and again: encoded once, and embedded once if the backbone is fixed."""
+
+    def __init__(self, rm: RewardModel, pairs: list[Preference], config: Config):
+        self.rm, self.config, self.count = rm, config, len(pairs)
+        encoded = encode_pairs(rm, processes.share(pairs))
+        self.order = sorted(range(len(encoded)), key=lambda i: max(map(len, encoded[i].ids)))  # less padding
+        self.encoded = embed_groups(rm, [encoded[i] for i in self.order], config, pairs_at_once(config))
+
+    def margins(self) -> Tensor:
+        """R(chosen) - R(rejected) of each pair [M]; a positive margin is a right verdict, a tie a wrong one."""
+        rewards = score_groups(self.rm, self.encoded, self.config, pairs_at_once(self.config)).rewards  # [M, 2]
+        margins = torch.empty(len(self.order), device=rewards.device)
+        margins[self.order] = rewards[:, 0] - rewards[:, 1]
+        return processes.gathered(margins, self.count).cpu()
+
+
 def pair_margins(rm: RewardModel, pairs: list[Preference], config: Config) -> Tensor:
-    """R(chosen) - R(rejected) of each pair [M]; a positive margin is a right verdict, a tie a wrong one."""
-    encoded = encode_pairs(rm, processes.share(pairs))
-    order = sorted(range(len(encoded)), key=lambda i: max(map(len, encoded[i].ids)))  # less padding
-    rewards = score_groups(rm, [encoded[i] for i in order], config, pairs_at_once(config)).rewards  # [M, 2]
-    margins = torch.empty(len(order), device=rewards.device)
-    margins[order] = rewards[:, 0] - rewards[:, 1]
-    return processes.gathered(margins, len(pairs)).cpu()
+    """The margins [M] of pairs that are scored once."""
+    return FixedPairs(rm, pairs, config).margins()
 
 
 def check_finite(rewards: Tensor, rollout: Rollout, step: int, rows: slice = slice(None)) -> None:

@@ -15,13 +15,14 @@ from savelib.method import RULES, PairLabels, as_labelled, bradley_terry_loss, v
 from savelib.models.adapters import save_merged
 from savelib.models.compute import pick_device, seed_everything
 from savelib.models.loading import load_policy, load_reward_model, policy_source, reward_source
-from savelib.models.reward_model import RewardModel
+from savelib.models.reward_model import Encoded, RewardModel
 from savelib.models.rollout import shared_sample
 from savelib.paths import atomic_folder, cache_dir, code_digest, digest, resolve
 from savelib.processes import gathered, is_main, largest, main_first, say, share, summed, wait
 from savelib.training.engine import Engine, reward_optimizer
 from savelib.training.scoring import (
     NonFiniteError,
+    embed_groups,
     encode_groups,
     encode_pairs,
     micro_batches,
@@ -80,11 +81,12 @@ def fit_bradley_terry(rm: RewardModel, pairs: list[Preference], config: Config) 
     """Train backbone and reward head on eq. 11; returns the mean loss of each epoch."""
     optimizer = reward_optimizer(rm, config, config.bt_backbone_lr, config.bt_head_lr)
     engine = Engine("reward_model", optimizer, config.max_grad_norm)
+    ready = embed_groups(rm, encode_pairs(rm, pairs), config, pairs_at_once(config)) if rm.fixed else []
     means = []
     for _ in range(config.bt_epochs):
         losses = []
         for rows in torch.randperm(len(pairs)).split(config.bt_batch_size):
-            batch = [pairs[i] for i in rows]
+            batch = [ready[i] for i in rows] if ready else encode_pairs(rm, [pairs[i] for i in rows])
             losses.append(bradley_terry_step(rm, batch, engine, config)["rm/loss"] * len(batch))
         means.append(sum(losses) / len(pairs))
         say(f"  epoch loss {means[-1]:.4f}")
@@ -92,13 +94,13 @@ def fit_bradley_terry(rm: RewardModel, pairs: list[Preference], config: Config) 
 
 
 def bradley_terry_step(
-    rm: RewardModel, pairs: list[Preference], engine: Engine, config: Config, labels: PairLabels = as_labelled
+    rm: RewardModel, pairs: list[Encoded], engine: Engine, config: Config, labels: PairLabels = as_labelled
 ) -> dict[str, float]:
     """One gradient step of eq. 11 on the pairs of a batch that `labels` gives a label, in micro-batches.
 
     Returns rm/pairs, how many they are, and, if there are any, rm/loss.
     """
-    encoded = encode_pairs(rm, share(pairs, repeat=False))
+    encoded = share(pairs, repeat=False)
     total, count = 0.0, 0
     for rows in micro_batches(len(encoded), pairs_at_once(config)):
         rewards = score_micro_batch(rm, encoded[rows], config).rewards  # [n, 2]
@@ -110,7 +112,7 @@ def bradley_terry_step(
             total, count = total + loss.item(), count + n
     total, count = summed(total, count)
     if not math.isfinite(total):
-        raise NonFiniteError(f"Bradley-Terry loss is {total}; first prompt: {pairs[0].prompt[-1]['content'][:60]!r}")
+        raise NonFiniteError(f"the Bradley-Terry loss is {total}; lower its learning rates (bt_*_lr, in the loop *_lr)")
     if not count:
         return {"rm/pairs": 0}
     engine.step(divisor=count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from savelib.processes import main_first
 from savelib.training import r2m
 from savelib.training.engine import Engine, ZeroEngine, adam, reward_optimizer
 from savelib.training.guard import Guard
-from savelib.training.scoring import Feedback, GroupScores, micro_batches, score_micro_batch
+from savelib.training.scoring import Feedback, FixedPairs, GroupScores, micro_batches, score_micro_batch
 
 EXTRA_LR = {
     "policy_feedback": "reward_head_lr",
@@ -134,6 +134,10 @@ class Trainer:
             optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
             engines[name] = Engine(name, optimizer, c.max_grad_norm)
         return engines
+
+    @cached_property
+    def heldout_pairs(self) -> FixedPairs:
+        return FixedPairs(self.reward_model, self.data.heldout_pairs, self.config)
 
     def initial_policy(self) -> nn.Module:
         """A new copy of the initial policy."""
