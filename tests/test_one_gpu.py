@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -9,16 +10,18 @@ import torch
 from safetensors import safe_open
 from scipy import stats
 from tiny_models import paper_run
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from savelib.analysis import METRICS
-from savelib.config import PROFILES, make_config
+from savelib.config import PROFILES, ConfigError, make_config
 from savelib.models.adapters import plain
-from savelib.models.compute import recomputing, seed_everything
+from savelib.models.compute import pick_device, recomputing, seed_everything
 from savelib.models.loading import load_policy, load_reward_model
 from savelib.models.rollout import completion_logprobs, draw, sample, shared_sample
 from savelib.runs.train import train
 from savelib.training.algorithm import prepare, save_step
+from savelib.training.engine import Engine, connect
 
 CPU = torch.device("cpu")
 
@@ -192,6 +195,81 @@ def test_logits_of_all_tokens_are_never_made_by_the_reward_model(base):
     assert seen == [(3, 1)]
 
 
+def test_recomputing_does_not_keep_the_generators_states(base, monkeypatch):
+    rm = load_reward_model(base["reward_model"], make_config(**base), CPU)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a generator's state was read"))
+    with recomputing(rm.model, True):
+        rm.score(rm.encode([([{"role": "user", "content": "Hello"}], "x")])).rewards.sum().backward()
+
+
+# CUDA's ways, on the CPU; tests/test_simulated_cuda.py runs whole runs on a device that refuses what CUDA refuses
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adams_step_returns_to_the_device_that_its_kernel_reads_it_from(fused):
+    p = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.AdamW([p])
+    optimizer.param_groups[0]["fused"] = fused
+    Engine("policy", optimizer, 1.0).load_state({"0.step": torch.tensor(7.0), "0.exp_avg": torch.zeros(3)})
+    assert {k: v.device.type for k, v in optimizer.state[p].items()} == {
+        "step": "meta" if fused else "cpu", "exp_avg": "meta",
+    }  # fmt: skip
+
+
+def test_a_reward_head_over_a_bfloat16_base_is_never_rounded(base, tmp_path, monkeypatch):
+    """Not when it is first loaded, and not when a checkpoint is."""
+    monkeypatch.setattr("savelib.models.adapters.in_bfloat16", lambda *_: True)
+    config = make_config(**base, lora_rank=8)
+    rm = load_reward_model(base["reward_model"], config, CPU)
+    source = AutoModelForSequenceClassification.from_pretrained(base["reward_model"])
+    assert torch.equal(rm.reward_head_parameters()[0], source.score.weight)
+    assert plain(rm.model).model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+    assert plain(rm.model).model.rotary_emb.inv_freq.dtype == torch.float32
+    for p in rm.model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    rm.model.save_pretrained(tmp_path)
+    again = load_reward_model(base["reward_model"], config, CPU, tmp_path)
+    before, after = ({k: p for k, p in m.model.named_parameters() if p.requires_grad} for m in (rm, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_cudnn_attention_is_off_on_cuda(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pick_device("cpu")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    pick_device("cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_decoding_uses_no_mask_as_an_index(base):
+    """Each would make the CPU wait for the device."""
+    policy, tokenizer = load_policy(base["policy_model"], CPU)
+    prompts = prepare(make_config(**base)).data.prompts[:2]
+
+    class Masks(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "index" in func.name() and isinstance(args[1], list | tuple):
+                self.found += any(i is not None and i.dtype == torch.bool for i in args[1])
+            return func(*args, **(kwargs or {}))
+
+    with Masks() as masks:
+        sample(policy, tokenizer, prompts, 4, make_config(**base))
+    assert masks.found == 0
+
+
+def test_one_gpu_for_several_processes_is_refused(base, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="device = 'cuda:1' puts all 2 processes on one GPU; use device=cuda"):
+        connect(make_config(**base | dict(device="cuda:1", num_processes=2)))
+
+
 # samples
 
 
@@ -252,7 +330,5 @@ def test_metrics_go_to_tensorboard_too(base):
 def test_a_tracker_that_is_not_installed_is_named(base, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.is_trackio_available", lambda: False)
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
-    from savelib.config import ConfigError
-
     with pytest.raises(ConfigError, match="tracker = 'trackio': not installed; pip install trackio"):
         train(make_config(**base, tracker="trackio", run_id="none"))

@@ -29,7 +29,7 @@ from savelib.benchmarks.rows import FORMATS, Benchmark, Row, Scores, file_rows
 from savelib.benchmarks.statistics import Result
 from savelib.config import Config, ConfigError, make_config
 from savelib.data.chat import render
-from savelib.models.compute import autocast, pick_device
+from savelib.models.compute import autocast, in_bfloat16, pick_device
 from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import VALUE_HEAD_FILE, Encoded, RewardModel
 from savelib.paths import resolve, sync, write_atomically
@@ -245,7 +245,7 @@ class _Scorer:
 
     def settings(self) -> dict[str, Any]:
         """What every figure is recorded with."""
-        half = self.rm.device.type == "cuda" and self.precision == "bfloat16"
+        half = in_bfloat16(self.rm.device, self.precision)
         return {
             "fingerprint": self.fingerprint,
             "dtype": "float32 weights, bfloat16 autocast" if half else "float32",

@@ -10,14 +10,14 @@ from transformers import BitsAndBytesConfig
 
 from savelib.config import Config
 from savelib.data.hub import from_pretrained
+from savelib.models.compute import in_bfloat16
 
 
 def base_settings(config: Config, device: torch.device) -> dict:
     """from_pretrained's settings for a model that is trained: float32, or under LoRA a frozen base in fewer bits."""
     if not config.lora_rank:
         return {"dtype": torch.float32}
-    bits16 = device.type == "cuda" and config.precision == "bfloat16"
-    dtype = torch.bfloat16 if bits16 else torch.float32
+    dtype = torch.bfloat16 if in_bfloat16(device, config.precision) else torch.float32
     if not config.load_in_4bit:
         return {"dtype": dtype}
     quantization = BitsAndBytesConfig(

@@ -38,30 +38,46 @@ def peak_memory(device: torch.device) -> float:
 
 
 def pick_device(name: str, threads: int = 0) -> torch.device:
-    """The device of that name, `auto` being CUDA where there is one; from now on `threads` CPU threads (0: torch's)."""
+    """The device of that name, `auto` being CUDA where there is one; from now on `threads` CPU threads (0: torch's).
+
+    On CUDA cuDNN's attention is switched off: with a mask its backward gives NaN at lengths of 64 modulo 128 (PyTorch
+    issue 196678, TRL issue 7181), and rows that attend to nothing, such as the padding of shared prefixes, can be NaN
+    (unsloth issue 9848). The memory-efficient kernel, which PyTorch takes next, gives 0 for such rows.
+    """
     if threads:
         torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device = {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def in_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether linear layers and attention compute in bfloat16: on CUDA when asked for; never on CPU."""
+    return device.type == "cuda" and precision == "bfloat16"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bfloat16 arithmetic on CUDA when asked for; nothing on CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and precision == "bfloat16")
+    """bfloat16 arithmetic where `in_bfloat16` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, precision))
 
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
-    """Gradient checkpointing for the forwards inside. Only the layers' own flag is set, so dropout stays off."""
+    """Gradient checkpointing for the forwards inside. Only the layers' own flag is set, so dropout stays off.
+
+    Nothing random is computed, so the generators' states are not kept for the second forward.
+    """
     on = on and torch.is_grad_enabled()
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
     for layer in layers:
         layer.gradient_checkpointing = layer.training = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:

@@ -70,7 +70,9 @@ def share_frozen(reference: nn.Module, policy: nn.Module) -> None:
 def load_reward_model(
     source: str, config: Config, device: torch.device, trained: Path | str | None = None
 ) -> RewardModel:
-    """A reward model from a hub id or folder, float32, with its value head if one lies beside it.
+    """A reward model from a hub id or folder, with its value head if one lies beside it.
+
+    In float32, but for a base that is frozen under adapters (`base_settings`); the reward head is trained whole.
 
     A causal LM without a reward head gets one of zeros (stage 1 trains it). trained: a folder with what was trained
     from `source` on: the value head, and the whole model or the adapters, if they were.
@@ -79,10 +81,13 @@ def load_reward_model(
     tokenizer = load_tokenizer(source, "reward_model")
     trained = Path(trained) if trained else None
     path = resolve(str(trained) if trained and (trained / "config.json").is_file() else source)
-    settings = base_settings(config, device) | {"num_labels": _labels(path), "output_loading_info": True}
+    settings = base_settings(config, device)
+    exact = settings | {"dtype": torch.float32, "num_labels": _labels(path), "output_loading_info": True}
     model, info = from_pretrained(
-        AutoModelForSequenceClassification, path, "reward_model", use_safetensors=True, **settings
+        AutoModelForSequenceClassification, path, "reward_model", use_safetensors=True, **exact
     )
+    for p in model.base_model.parameters():  # `model.to` would round the tables of rotations too
+        p.data = p.data.to(settings["dtype"]) if p.is_floating_point() else p.data
     if config.reward_layers:
         del _layers(model, "reward_layers", config.reward_layers)[config.reward_layers :]
         model.config.num_hidden_layers = config.reward_layers

@@ -148,7 +148,7 @@ def _decode(
     cache, scores = with_room(made.past_key_values, of, config.max_new_tokens), made.logits[of, -1]  # [n, vocab]
     for step in range(config.max_new_tokens):
         tokens = next_tokens(scores.float(), uniforms[rows, step], config)
-        out[rows[going], step] = tokens[going]
+        out[rows, step] = torch.where(going, tokens, pad)  # a mask as an index would wait for the device
         going = going & ~torch.isin(tokens, end_ids)
         left = int(going.sum())
         if step + 1 == config.max_new_tokens or not (largest(left)[0] if lockstep else left):

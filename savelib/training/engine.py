@@ -31,6 +31,10 @@ def connect(config: Config) -> None:
             f"num_processes = {config.num_processes}, but {found} process(es) were started; give torchrun's "
             "--nproc_per_node times --nnodes as num_processes, or let `python -m savelib train` start them"
         )
+    if found > 1 and config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"device = {config.device!r} puts all {found} processes on one GPU; use device=cuda, then each has its own"
+        )
     cuda = config.device != "cpu" and torch.cuda.is_available()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and here > torch.cuda.device_count():
@@ -170,6 +174,8 @@ class Engine:
             p = keys[int(index)]
             if value.dim() == 0:  # the step: torch's Adam counts in a float32 tensor, the others in an int
                 value = value if value.is_floating_point() else int(value)
+                if optimizer.param_groups[0].get("fused"):  # counts on the device; the unfused one on the CPU
+                    value = torch.as_tensor(value, device=p.device)
             elif hasattr(optimizer, "get_state_buffer") and value.shape == p.shape:
                 value = optimizer.get_state_buffer(p, dtype=value.dtype).copy_(value)  # bitsandbytes: paged, if it is
             else:
