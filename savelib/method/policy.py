@@ -25,7 +25,7 @@ class Algorithm:
     leave_one_out: the baseline of a response is the mean of the others of its group, and nothing divides by the std.
     clip: (low, high), how far w may be below and above 1.
     kl_in_loss: by default the KL is k3 in the loss; else k1 in the reward.
-    extra: name of a model that the algorithm trains (`training.trainer.EXTRAS`).
+    extra: name of a model that the algorithm trains (`training.trainer.EXTRA_LR`).
     """
 
     ratio: Literal["token", "row mean", "row sum"]

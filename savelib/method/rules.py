@@ -43,7 +43,7 @@ class Rule:
     centred: the gradient holds the mean reward of a batch of preference pairs where it is.
     pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
         rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
-    extra: name of a module that is trained on the same loss and takes part in scoring (`training.trainer.EXTRAS`).
+    extra: name of a module that is trained on the same loss and takes part in scoring (`training.trainer.EXTRA_LR`).
     backbone: whether omega is trained at all.
     """
 

@@ -21,26 +21,32 @@ from savelib.processes import largest, share
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """G responses to each of B prompts. Rows are flattened as prompt-major N = B * G; T is the longest completion."""
+class Responses:
+    """G responses to each of B prompts, as the reward model needs them."""
 
     prompts: list[Prompt]  # B
+    texts: list[list[str]]  # B x G, without special tokens
+    completion_lengths: Tensor  # [B, G] tokens, the end token counted
+    finished: Tensor  # [B, G] bool: an end token was sampled
+
+    def gold(self) -> Tensor:
+        """Gold of each response [B, G] float32; nan where it is unknown."""
+        return torch.tensor([[p.gold(t) for t in row] for p, row in zip(self.prompts, self.texts, strict=True)])
+
+
+@dataclass(frozen=True)
+class Rollout(Responses):
+    """The same with their tokens. Rows are flattened as prompt-major N = B * G; T is the longest completion."""
+
     prompt_ids: Tensor  # [B, P] left-padded
     prompt_lengths: Tensor  # [B]
     completion_ids: Tensor  # [B, G, T]
-    completion_lengths: Tensor  # [B, G], the end token counted
-    finished: Tensor  # [B, G] bool: an end token was sampled
-    texts: list[list[str]]  # B x G, without special tokens
 
     @property
     def completion_mask(self) -> Tensor:
         """[B, G, T] bool, from lengths."""
         steps = torch.arange(self.completion_ids.shape[-1], device=self.completion_ids.device)
         return steps < self.completion_lengths[..., None]
-
-    def gold(self) -> Tensor:
-        """Gold of each response [B, G] float32; nan where it is unknown."""
-        return torch.tensor([[p.gold(t) for t in row] for p, row in zip(self.prompts, self.texts, strict=True)])
 
 
 def end_tokens(model: nn.Module, tokenizer) -> list[int]:

@@ -14,10 +14,11 @@ from savelib.config import Config
 from savelib.method import running_mean, value_loss
 from savelib.models.compute import seed_everything
 from savelib.models.reward_model import Encoded
-from savelib.models.rollout import Rollout
+from savelib.models.rollout import Responses
 from savelib.processes import gathered, share, summed
 from savelib.training.metrics import Clock, describe, sample_rows
 from savelib.training.policy_update import improve_policy
+from savelib.training.reward_side import RewardSide
 from savelib.training.scoring import (
     Feedback,
     GroupScores,
@@ -57,38 +58,50 @@ def save_step(t: Trainer, step: int, clock: Clock | None = None) -> tuple[dict[s
     threshold = t.threshold(step)  # eq. 14
     with clock.phase("rollout"):
         rollout = t.sample(step)
-    with clock.phase("reward scoring"):
-        groups = encode_groups(t.reward_model, rollout)
-        if not t.rule.extra:
-            groups = embed_groups(t.reward_model, groups, c)
 
     # 2. Reward model: contrastive loss on the valid prompts, then the value head on all prompts
-    with clock.phase("RM update"):
-        before, rm_metrics = improve_reward_model(t, groups, rollout, threshold, step)  # eq. 4, 15-20
-    with clock.phase("reward scoring"):
-        scores = t.scores(groups, rollout, step)  # of the updated reward model
-        check_finite(scores.rewards, rollout, step)
-    with clock.phase("value update"):
-        rm_metrics |= improve_value_head(t, scores)  # eq. 21
-    rm_metrics |= measure_lead(t, scores, step)
-    if t.guard:  # rule save_checked: a block that did not improve the guard pairs is undone
-        undone, guard_metrics = t.guard.check(step)
-        scores = t.scores(groups, rollout, step) if undone else scores
-        rm_metrics |= guard_metrics
+    before, after, rm_metrics = update_reward_model(t, rollout, threshold, step, clock)  # eq. 4, 15-21
 
     # 3. Policy: the same responses with the updated R, V and filter
-    eligible = rollout.finished if c.length_filter == "both" else torch.ones_like(rollout.finished)
-    after = t.feedback(scores, threshold, eligible)
     with clock.phase("policy forward/backward"):
         policy_metrics = improve_policy(t, rollout, after, step, clock)  # eq. 5
 
-    metrics = {"threshold": threshold} | rm_metrics | policy_metrics | describe(before or after, after, rollout)
+    metrics = {"threshold": threshold} | rm_metrics | policy_metrics | describe(before, after, rollout)
     tokens = int(gathered(rollout.completion_lengths).sum())
-    return metrics | clock.metrics(tokens), sample_rows(rollout, before or after, step)
+    return metrics | clock.metrics(tokens), sample_rows(rollout, before, step)
+
+
+def update_reward_model(
+    t: RewardSide, responses: Responses, threshold: float, step: int, clock: Clock
+) -> tuple[Feedback, Feedback, dict[str, float]]:
+    """Block 2, and the filter of block 3: (feedback before the update, after it, metrics). It needs no policy.
+
+    The feedback before is that of the reward model of step t-1; the policy is trained on the one after.
+    """
+    c = t.config
+    with clock.phase("reward scoring"):
+        groups = encode_groups(t.reward_model, responses)
+        if not t.rule.extra:
+            groups = embed_groups(t.reward_model, groups, c)
+    with clock.phase("RM update"):
+        before, metrics = improve_reward_model(t, groups, responses, threshold, step)  # eq. 4, 15-20
+    with clock.phase("reward scoring"):
+        scores = t.scores(groups, responses, step)  # of the updated reward model
+        check_finite(scores.rewards, responses, step)
+    with clock.phase("value update"):
+        metrics |= improve_value_head(t, scores)  # eq. 21
+    metrics |= measure_lead(t, scores, step)
+    if t.guard:  # rule save_checked: a block that did not improve the guard pairs is undone
+        undone, guard_metrics = t.guard.check(step)
+        scores = t.scores(groups, responses, step) if undone else scores
+        metrics |= guard_metrics
+    eligible = responses.finished if c.length_filter == "both" else torch.ones_like(responses.finished)
+    after = t.feedback(scores, threshold, eligible)
+    return before or after, after, metrics
 
 
 def improve_reward_model(
-    t: Trainer, groups: list[Encoded], rollout: Rollout, threshold: float, step: int
+    t: RewardSide, groups: list[Encoded], responses: Responses, threshold: float, step: int
 ) -> tuple[Feedback | None, dict[str, float]]:
     """Block 2, omega and phi: (feedback of the reward model of step t-1, metrics).
 
@@ -111,10 +124,10 @@ def improve_reward_model(
     for i in range(c.rm_steps):
         total, count, force = 0.0, 0, 0.0
         for j, rows in enumerate(micro_batches(len(groups), c.micro_batch_groups)):
-            eligible = rollout.finished[rows]  # [m, G]
-            scores = t.score(groups, rollout, rows, step)
+            eligible = responses.finished[rows]  # [m, G]
+            scores = t.score(groups, responses, rows, step)
             if i == 0:
-                check_finite(scores.rewards, rollout, step, rows)
+                check_finite(scores.rewards, responses, step, rows)
                 filtered.append(t.feedback(scores, threshold, eligible))
             part = filtered[j]
             n = 0 if resting else int(rule.groups(part.partition, eligible).sum())
@@ -137,7 +150,7 @@ def improve_reward_model(
     return Feedback.joined(filtered), metrics | {"rm/groups": int(count)}
 
 
-def hold_level(t: Trainer, force: float, step: int) -> None:
+def hold_level(t: RewardSide, force: float, step: int) -> None:
     """Add the gradient of -F m: m the mean reward of a batch of preference pairs, F the sum of dL/dR over responses.
 
     So the loss's gradient is that of R - (m - stopgrad m) in the place of R: it cannot shift all rewards together.
@@ -149,7 +162,7 @@ def hold_level(t: Trainer, force: float, step: int) -> None:
         t.engines["reward_model"].backward(rewards.sum() * (-force / (2 * t.config.batch_size)))
 
 
-def improve_value_head(t: Trainer, scores: GroupScores) -> dict[str, float]:
+def improve_value_head(t: RewardSide, scores: GroupScores) -> dict[str, float]:
     """Block 2, psi: lambda_V L_V (eq. 21) on all prompts of all processes and all G responses."""
     if t.rule.anchor != "value":
         return {}
@@ -161,7 +174,7 @@ def improve_value_head(t: Trainer, scores: GroupScores) -> dict[str, float]:
     return {"value/loss": summed(loss.item())[0] / c.batch_size}
 
 
-def measure_lead(t: Trainer, scores: GroupScores, step: int) -> dict[str, float]:
+def measure_lead(t: RewardSide, scores: GroupScores, step: int) -> dict[str, float]:
     """Rules with two losses only (ours): mean reward of the batch minus that of a batch of preference pairs.
 
     Half of the pairs' responses are the better ones. So above 0 more than half of the batch looks right to the reward

@@ -241,6 +241,18 @@ class ZeroEngine(Engine):
         )
 
 
+def new_engine(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> Engine:
+    """The engine of a model as the config's backend has it; name: one of MODELS."""
+    if config.backend == "ddp":
+        return Engine(name, optimizer, config.max_grad_norm)
+    return ZeroEngine(name, model, optimizer, config.max_grad_norm)
+
+
+def whole_engine(name: str, module: nn.Module, lr: float, config: Config) -> Engine:
+    """The engine of a small module, which every process holds whole under any backend."""
+    return Engine(name, torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0), config.max_grad_norm)
+
+
 def reward_optimizer(rm: RewardModel, config: Config, backbone_lr: float, head_lr: float) -> torch.optim.Optimizer:
     """Adam over omega and phi with a learning rate each; a backbone at 0 takes no gradient at all."""
     backbone, head = rm.backbone_parameters(), rm.reward_head_parameters()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from savelib.method import net_forces, skewness
-from savelib.models.rollout import Rollout
+from savelib.models.rollout import Responses
 from savelib.processes import gathered
 from savelib.training.scoring import Feedback
 
@@ -58,14 +58,14 @@ class Clock:
         return out | {"time/tokens_per_second": tokens / sum(out.values())}
 
 
-def describe(before: Feedback, after: Feedback, rollout: Rollout) -> dict[str, float]:
+def describe(before: Feedback, after: Feedback, responses: Responses) -> dict[str, float]:
     """The metrics of a step, means over the whole batch. `before`: with the reward model of step t-1.
 
     All arguments are this process's share; gold may be nan.
     """
     before, after = before.gathered(), after.gathered()
-    gold = gathered(rollout.gold().to(after.rewards.device))  # [B, G], as what follows
-    lengths, finished = gathered(rollout.completion_lengths), gathered(rollout.finished)
+    gold = gathered(responses.gold().to(after.rewards.device))  # [B, G], as what follows
+    lengths, finished = gathered(responses.completion_lengths), gathered(responses.finished)
     part = before.partition
     out = {
         "reward/mean": after.rewards.mean().item(),
@@ -97,12 +97,12 @@ def describe(before: Feedback, after: Feedback, rollout: Rollout) -> dict[str, f
     return out
 
 
-def sample_rows(rollout: Rollout, feedback: Feedback, step: int, groups: int = 2) -> list[dict]:
+def sample_rows(responses: Responses, feedback: Feedback, step: int, groups: int = 2) -> list[dict]:
     """The first groups' responses with R, V, a and their side, for samples.jsonl."""
-    rows, gold = [], rollout.gold()
-    for b, prompt in enumerate(rollout.prompts[:groups]):
+    rows, gold = [], responses.gold()
+    for b, prompt in enumerate(responses.prompts[:groups]):
         anchor = None if feedback.anchors is None else feedback.anchors[b].item()
-        for g, text in enumerate(rollout.texts[b]):
+        for g, text in enumerate(responses.texts[b]):
             reward = feedback.rewards[b, g].item()
             rows.append(
                 {

@@ -24,15 +24,13 @@ from savelib.models.rollout import Rollout, completion_logprobs
 from savelib.processes import gathered, largest, rank, summed
 from savelib.training.metrics import Clock
 from savelib.training.prime import improve_process_reward
-from savelib.training.scoring import Feedback, NonFiniteError
+from savelib.training.scoring import Feedback, NonFiniteError, learned_from
 from savelib.training.trainer import Trainer
 
 
 def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int, clock: Clock) -> dict[str, float]:
     """One policy gradient step on the kept responses of the groups that keep at least two."""
-    used = feedback.kept & (feedback.kept.sum(1) >= 2)[:, None]  # [b, G]
-    if t.config.policy_groups == "both_signs":
-        used = used & feedback.partition.valid[:, None]
+    used = learned_from(feedback, t.config)  # [b, G]
     (responses,) = summed(int(used.sum()))
     if t.config.freeze_policy or not responses:
         return {"policy/responses": 0}

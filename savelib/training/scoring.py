@@ -14,7 +14,7 @@ from savelib.data.pairs_and_prompts import Preference, ids_of
 from savelib.method import Partition
 from savelib.models.compute import autocast, recomputing
 from savelib.models.reward_model import Encoded, RewardModel
-from savelib.models.rollout import Rollout
+from savelib.models.rollout import Responses
 
 
 class NonFiniteError(RuntimeError):
@@ -61,10 +61,18 @@ class Feedback:
         return Feedback(of_all(self.rewards), anchors, sides)
 
 
-def encode_groups(rm: RewardModel, rollout: Rollout) -> list[Encoded]:
-    """The B groups of a rollout, rendered by the reward model's own chat template."""
+def learned_from(feedback: Feedback, config: Config) -> Tensor:
+    """The responses [B, G] that the policy learns from: the kept ones of groups that keep at least two."""
+    used = feedback.kept & (feedback.kept.sum(1) >= 2)[:, None]
+    if config.policy_groups == "both_signs":
+        used = used & feedback.partition.valid[:, None]
+    return used
+
+
+def encode_groups(rm: RewardModel, responses: Responses) -> list[Encoded]:
+    """The B groups of responses, rendered by the reward model's own chat template."""
     return [
-        rm.encode([(p.messages, t) for t in texts]) for p, texts in zip(rollout.prompts, rollout.texts, strict=True)
+        rm.encode([(p.messages, t) for t in texts]) for p, texts in zip(responses.prompts, responses.texts, strict=True)
     ]
 
 
@@ -132,11 +140,11 @@ def pair_margins(rm: RewardModel, pairs: list[Preference], config: Config) -> Te
     return FixedPairs(rm, pairs, config).margins()
 
 
-def check_finite(rewards: Tensor, rollout: Rollout, step: int, rows: slice = slice(None)) -> None:
+def check_finite(rewards: Tensor, responses: Responses, step: int, rows: slice = slice(None)) -> None:
     """Raise NonFiniteError, naming step and prompts, before anything is updated with a reward that is not finite."""
     bad = (~torch.isfinite(rewards)).any(1).tolist()
     if any(bad):
-        prompts = [p for p, b in zip(rollout.prompts[rows], bad, strict=True) if b]
+        prompts = [p for p, b in zip(responses.prompts[rows], bad, strict=True) if b]
         raise NonFiniteError(
             f"step {step}: the reward model gives a reward that is not finite; prompts: {ids_of(prompts)}; "
             "lower its learning rates (backbone_lr, reward_head_lr) and resume from the last checkpoint"
