@@ -230,7 +230,9 @@ def test_with_the_hub_gone_the_cache_serves(paper):
     _, env, _ = paper
     said = load(PAPER_CASES, env)
     assert (said["policy"], said["reward_model"]) == ("Qwen2ForCausalLM", "LlamaForSequenceClassification")
-    assert said["pairs"] == list(split_heldout(PAIRS)) and said["prompts"] == list(split_heldout(FIT))
+    assert said["pairs"] == list(split_heldout(PAIRS, "preferences")) and said["prompts"] == list(
+        split_heldout(FIT, "prompts")
+    )
 
 
 # errors
@@ -280,7 +282,7 @@ WRONG = [
     ("reward_model", "lab/own_code", NO_CODE),
     ("preferences", "lab/own_code", NO_CODE),
     ("preferences", "lab/empty", ["doesn't contain any data files"]),
-    ("preferences", "lab/odd_row", ["lab/odd_row, row 1: column 'rejected' is empty", "bad_rows=skip"]),
+    ("preferences", "lab/odd_row", ["lab/odd_row, row 2: column 'rejected' is empty", "bad_rows=skip"]),
 ]
 CALLS = {"policy_model": "policy", "reward_model": "reward_model", "prompts": "prompts"}
 RIGHT = [
@@ -343,7 +345,7 @@ def pickled(safetensors: bytes) -> bytes:
 def test_an_error_names_field_id_cause_and_remedy(answers, field, source, words):
     said = answers[f"{field} {source}"]
     assert isinstance(said, str), said
-    assert source in said and (said.startswith(f"{field} = '{source}'") or source == "lab/odd_row")
+    assert source in said and said.startswith(f"{field} = '{source}'")
     for word in words:
         assert word.format(url=answers["url"]) in said, said
     assert "\n" not in said and TOKEN not in said
@@ -372,7 +374,9 @@ def test_heldout_pairs_of_a_hub_dataset_are_its_test_split(answers):
 
 def test_prompt_selection_reads_the_datasets_responses(answers):
     long = [f"Instruction {i}" for k in range(3) for i in range(k, 24, 3) if i % 6 == 5]
-    assert answers["fit"] == list(split_heldout(FIT)) and answers["exceed"] == list(split_heldout(long))
+    assert answers["fit"] == list(split_heldout(FIT, "prompts")) and answers["exceed"] == list(
+        split_heldout(long, "prompts")
+    )
     assert sorted(sum(answers["all"], [])) == sorted(FIT + long)
 
 

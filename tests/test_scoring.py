@@ -316,7 +316,7 @@ def test_missing_or_bad_data_stop_all_before_the_model_is_loaded(data, tmp_path)
     with pytest.raises(ConfigError) as error:
         run("/no/such/model", data, tmp_path / "out", ["judgebench", "rewardbench2", "rmbench", "x"])
     for words in (
-        "rewardbench2.jsonl: 1 of 8 rows cannot be read", "rmbench.jsonl (or .jsonl.gz, .json, .parquet)",
+        "rewardbench2.jsonl: row 8 is not valid JSON", "rmbench.jsonl (or .jsonl.gz, .json, .json.gz, .parquet)",
         "take THU-KEG/RM-Bench from the hub", "benchmark = 'x'", "nothing was scored",
     ):  # fmt: skip
         assert words in str(error.value)

@@ -16,6 +16,7 @@ from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
+from savelib.data.files import choice, text
 from savelib.data.pairs_and_prompts import Preference
 
 CATEGORIES = {  # beginning of `source` -> category
@@ -32,13 +33,13 @@ def rows(source: str) -> list[Row]:
 
 
 def _row(row: dict[str, Any], _: str) -> Row:
-    origin = base.text(row, "source")
+    origin = text(row, "source")
     group = next((name for prefix, name in CATEGORIES.items() if origin.startswith(prefix)), None)
     if group is None:
         raise ConfigError(f"column 'source' = {origin!r} must begin with one of {', '.join(CATEGORIES)}")
-    facts = {"label": base.choice(row, "label", ("A>B", "B>A"))}
-    responses = [base.text(row, "response_A"), base.text(row, "response_B")]
-    return Row(base.text(row, "pair_id"), base.prompt(row, "question"), responses, facts, group)
+    facts = {"label": choice(row, "label", ("A>B", "B>A"))}
+    responses = [text(row, "response_A"), text(row, "response_B")]
+    return Row(text(row, "pair_id"), base.prompt(row, "question"), responses, facts, group)
 
 
 def aggregate(rows: list[Row], scores: Scores) -> Result:

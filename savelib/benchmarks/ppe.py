@@ -18,6 +18,7 @@ from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
+from savelib.data.files import column, text
 from savelib.paths import resolve
 
 FLAGS = ("hard_prompt", "easy_prompt", "if_prompt", "math_prompt", "is_code")  # columns of Preference
@@ -30,13 +31,13 @@ def preference_rows(source: str) -> list[Row]:
 
 
 def _vote(row: dict[str, Any], _: str) -> Row:
-    winner = base.text(row, "winner")
+    winner = text(row, "winner")
     tied = winner.startswith("tie")
     if winner not in ("model_a", "model_b") and not tied:
         raise ConfigError(f"column 'winner' = {winner!r} must be model_a, model_b or begin with tie")
     facts = {"winner": winner, "flags": [name for name in FLAGS if row.get(name) is True]}
-    responses = [base.text(row, "response_1"), base.text(row, "response_2")]
-    return Row(str(base.column(row, "question_id")), base.prompt(row), responses, facts, counts=not tied)
+    responses = [text(row, "response_1"), text(row, "response_2")]
+    return Row(str(column(row, "question_id")), base.prompt(row), responses, facts, counts=not tied)
 
 
 def aggregate_preference(rows: list[Row], scores: Scores) -> Result:
@@ -87,18 +88,18 @@ def _set(name: str, folder: str = "") -> str | None:
 
 def _question(name: str):
     def convert(row: dict[str, Any], _: str) -> Row:
-        truth, pairs = base.column(row, "scores"), base.column(row, "sampled_conflict_pairs")
+        truth, pairs = column(row, "scores"), column(row, "sampled_conflict_pairs")
         for field, values in (("scores", truth), ("sampled_conflict_pairs", pairs)):
             if not isinstance(values, list):
                 raise ConfigError(f"column {field!r} must be a list, not {str(values)[:60]!r}")
-        responses = [base.text(row, f"response_{k}") for k in range(1, len(truth) + 1)]
+        responses = [text(row, f"response_{k}") for k in range(1, len(truth) + 1)]
         if f"response_{len(truth) + 1}" in row:
             raise ConfigError(f"column 'scores' has {len(truth)} values, fewer than there are responses")
         for pair in pairs:
             if len(pair) != 2 or not all(0 <= k < len(truth) for k in pair) or truth[pair[0]] == truth[pair[1]]:
                 raise ConfigError(f"column 'sampled_conflict_pairs': {pair} is no pair of a right and a wrong response")
         ordered = [(i, j) if truth[i] > truth[j] else (j, i) for i, j in pairs]  # the better one first
-        question = str(base.column(row, "question_id"))
+        question = str(column(row, "question_id"))
         return Row(question, base.prompt(row), responses, {"pairs": ordered}, name, bool(ordered))
 
     return convert

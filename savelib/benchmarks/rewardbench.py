@@ -13,6 +13,7 @@ import numpy as np
 from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
+from savelib.data.files import choice, column, text
 
 SECTIONS = {  # section -> subset -> weight: its number of rows, but for math-prm, which has 447
     "Chat": {
@@ -40,8 +41,8 @@ def rows(source: str) -> list[Row]:
 
 
 def _row(row: dict[str, Any], _: str) -> Row:
-    responses = [base.text(row, "chosen"), base.text(row, "rejected")]
-    return Row(str(base.column(row, "id")), base.prompt(row), responses, group=base.choice(row, "subset", SUBSETS))
+    responses = [text(row, "chosen"), text(row, "rejected")]
+    return Row(str(column(row, "id")), base.prompt(row), responses, group=choice(row, "subset", SUBSETS))
 
 
 def aggregate(rows: list[Row], scores: Scores) -> Result:

@@ -15,6 +15,7 @@ from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
+from savelib.data.files import column, texts
 
 DOMAINS = ("chat", "math", "code", "safety")  # safety-refuse and safety-response are one domain
 LEVELS = ("easy", "normal", "hard")
@@ -34,9 +35,9 @@ def _row(row: dict[str, Any], where: str) -> Row:
     if domain is None:
         raise ConfigError(f"no column 'domain' that begins with {', '.join(DOMAINS)}: {row.get('domain')!r}")
     return Row(
-        str(base.column(row, "id")),
+        str(column(row, "id")),
         base.prompt(row),
-        base.texts(row, "chosen", 3) + base.texts(row, "rejected", 3),
+        texts(row, "chosen", 3) + texts(row, "rejected", 3),
         group=domain,
     )
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ from typing import Any
 from savelib.benchmarks.statistics import Result
 from savelib.config import ConfigError
 from savelib.data.chat import Messages
-from savelib.data.hub import explain
+from savelib.data.files import FORMATS, converted, source_rows, text
 from savelib.paths import resolve
 
 Scores = dict[str, list[float]]  # row id -> one score a response
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def read_rows(
 ) -> list[Row]:
     """All rows of a file, a folder's files of the first pattern that is there, or a hub dataset's split, in order.
 
-    convert(row, file or hub id) makes a Row, and raises ConfigError naming the column of a bad one.
+    convert(row, where) makes a Row, and raises ConfigError naming the column of a bad one; `where` names file and row.
     Raises ConfigError naming the file, the number of bad rows, the first of them and its column.
     """
     path = Path(resolve(source))
@@ -108,21 +105,12 @@ def read_rows(
         found = next((f for f in (matching(path, [pattern]) for pattern in files) if f), None)
         if not found:
             raise ConfigError(f"{field} = {source!r}: the folder has no file named {' or '.join(files)}")
-        parts = [(str(file), raw) for file in found for raw in file_rows(file, field)]
-    elif path.is_file():
-        parts = [(str(path), raw) for raw in file_rows(path, field)]
+        raw = [row for file in found for row in source_rows(str(file), field, ())]
     else:
-        parts = [(source, raw) for raw in _hub_rows(source, field, split)]
-    if not parts:
-        raise ConfigError(f"{field} = {source!r} has no rows")
-    rows, bad = [], []
-    for where, (number, row) in parts:
-        try:
-            rows.append(convert(row, where))
-        except ConfigError as error:
-            bad.append(f"{where}, row {number}: {error}")
+        raw = list(source_rows(source, field, (split,)))
+    rows, bad = converted(raw, convert)
     if bad:
-        raise ConfigError(f"{field} = {source!r}: {len(bad)} of {len(parts)} rows are bad, the first: {bad[0]}")
+        raise ConfigError(f"{field} = {source!r}: {len(bad)} of {len(raw)} rows are bad, the first: {bad[0]}")
     return distinct(rows, f"{field} = {source!r}")
 
 
@@ -130,64 +118,6 @@ def matching(folder: Path, files: Iterable[str]) -> list[Path]:
     """The files of a folder, at any depth, whose names have one of these patterns and a readable format."""
     found = {f for pattern in files for f in folder.rglob(pattern) if f.is_file()}
     return sorted(f for f in found if f.name.endswith(FORMATS))
-
-
-def file_rows(path: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) of a .jsonl, .jsonl.gz, .json (an array, or as .jsonl) or .parquet file; numbers begin at 1."""
-    if not path.name.endswith(FORMATS):
-        raise ConfigError(f"{field}: {path} must end in {', '.join(FORMATS)}")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{field}: {path} is not a readable Parquet file: {error}") from None
-        return
-    try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{field}: {path} cannot be read: {error}") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            rows, bad = json.loads(text), []
-        except ValueError as error:
-            raise ConfigError(f"{field}: {path} is not valid JSON (cut off?): {error}") from None
-        rows = list(enumerate(rows, 1))
-    else:
-        rows, bad = _lines(text)
-    bad += [f"row {i} holds a {type(row).__name__}, not an object" for i, row in rows if not isinstance(row, dict)]
-    if bad:
-        raise ConfigError(f"{field}: {path}: {len(bad)} of {len(rows)} rows cannot be read, the first: {bad[0]}")
-    yield from rows
-
-
-def _lines(text: str) -> tuple[list[tuple[int, Any]], list[str]]:
-    """((number, value) of each line of a JSONL text, what is wrong with lines)."""
-    rows, bad = [], []
-    for i, line in enumerate(text.split("\n")[: -1 if text.endswith("\n") else None] if text else [], 1):
-        value: Any = {}
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            bad.append(f"row {i} is not valid JSON ({str(error).split(':')[0] if line.strip() else 'an empty line'})")
-        rows.append((i, value))
-    return rows, bad
-
-
-def _hub_rows(source: str, field: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    if source.endswith(FORMATS) or source.count("/") != 1:
-        raise ConfigError(f"{field} = {source!r}: no such file or folder, and not a hub id (owner/name)")
-
-    import datasets  # slow to import
-
-    try:
-        data = datasets.load_dataset(source)
-    except Exception as error:  # whatever the hub client raises: offline, missing, gated, broken files
-        raise ConfigError(explain(error, "benchmark", source)) from None
-    if split not in data:
-        raise ConfigError(f"{field} = {source!r}: no split {split!r}; it has {', '.join(map(repr, data))}")
-    yield from enumerate(data[split], 1)
 
 
 def distinct(rows: list[Row], field: str) -> list[Row]:
@@ -200,46 +130,9 @@ def distinct(rows: list[Row], field: str) -> list[Row]:
     return rows
 
 
-# columns
-
-
-def column(row: dict[str, Any], name: str) -> Any:
-    """row[name]. Raises ConfigError where it is missing or null."""
-    if row.get(name) is None:
-        raise ConfigError(f"no column {name!r}; it has {', '.join(k for k in row if row[k] is not None) or 'none'}")
-    return row[name]
-
-
-def text(row: dict[str, Any], name: str) -> str:
-    """A column that holds a text. Raises ConfigError where it is empty."""
-    return _text(column(row, name), name)
-
-
-def texts(row: dict[str, Any], name: str, count: int | None = None) -> list[str]:
-    """A column that holds a list of texts, `count` of them if that is given."""
-    values = column(row, name)
-    if not isinstance(values, list) or not values or (count and len(values) != count):
-        raise ConfigError(f"column {name!r} must be a list of {count or 'one or more'} texts: {str(values)[:60]!r}")
-    return [_text(value, f"{name}[{i}]") for i, value in enumerate(values)]
-
-
-def choice(row: dict[str, Any], name: str, values: Iterable[str]) -> str:
-    """A column that holds one of these values."""
-    value = column(row, name)
-    if value not in values:
-        raise ConfigError(f"column {name!r} = {value!r} must be one of {', '.join(values)}")
-    return value
-
-
 def prompt(row: dict[str, Any], name: str = "prompt") -> Messages:
     """The column as one user turn."""
     return [{"role": "user", "content": text(row, name)}]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"column {name!r} is empty or no text: {str(value)[:60]!r}")
-    return value
 
 
 # scores -> figures

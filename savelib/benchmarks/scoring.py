@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,10 +26,11 @@ from safetensors import safe_open
 
 from savelib import __version__
 from savelib.benchmarks import BENCHMARKS
-from savelib.benchmarks.rows import FORMATS, Benchmark, Row, Scores, file_rows
+from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result
 from savelib.config import Config, ConfigError, make_config
 from savelib.data.chat import render
+from savelib.data.files import FORMATS, converted, file_rows
 from savelib.models.compute import autocast, in_bfloat16, pick_device
 from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import VALUE_HEAD_FILE, Encoded, RewardModel
@@ -57,27 +59,14 @@ def score_file(name: str, data: str, scores: str) -> dict[str, Any]:
 
 def read_scores(benchmark: Benchmark, file: str) -> Scores:
     """id -> scores of a score file, in its order. Raises ConfigError as score_file; ids are not compared to rows."""
-    path = Path(resolve(file))
-    if not path.is_file():
-        raise ConfigError(f"scores = {file!r}: no such file")
-    scores: Scores = {}
-    doubled, bad = [], []
-    lines = list(file_rows(path, "scores"))
-    for number, line in lines:
-        try:
-            row_id, values = benchmark.read_scores(line)
-        except ConfigError as error:
-            bad.append(f"row {number}: {error}")
-            continue
-        if row_id in scores:
-            doubled.append(row_id)
-        scores[row_id] = values
-    said = [f"{len(bad)} of {len(lines)} rows are bad, the first: {bad[0]}"] if bad else []
+    found, bad = converted(file_rows(resolve(file), "scores"), lambda line, _: benchmark.read_scores(line))
+    doubled = [row_id for row_id, count in Counter(row_id for row_id, _ in found).items() if count > 1]
+    said = [f"{len(bad)} of {len(found) + len(bad)} rows are bad, the first: {bad[0]}"] if bad else []
     said += [f"{len(doubled)} ids are there more than once, the first {doubled[0]!r}"] if doubled else []
-    said += [] if lines else ["it has no scores"]
+    said += [] if found or bad else ["it has no scores"]
     if said:
         raise ConfigError(f"scores = {file!r}: {'; '.join(said)}; no total is given")
-    return scores
+    return dict(found)
 
 
 def as_json(benchmark: Benchmark, result: Result) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from savelib.config import ConfigError
 from savelib.paths import resolve
 
 T = TypeVar("T")
-DATA_FIELDS = ("preferences", "eval_preferences", "guard_preferences", "prompts", "eval_prompts_source", "benchmark")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -42,29 +41,31 @@ def from_config(kind: type[T], config: Any) -> Any:
     return kind.from_config(config, trust_remote_code=False)
 
 
-def explain(error: Exception, field: str, source: str) -> str:
-    """One sentence for what transformers, datasets or huggingface_hub raised while `field` was loaded from `source`."""
+def explain(error: Exception, field: str, source: str, kind: str = "model") -> str:
+    """One sentence for what transformers, datasets or huggingface_hub raised while `field` was loaded from `source`.
+
+    kind: model or dataset.
+    """
     local = Path(resolve(source)).exists()
-    cause = _cause(error, source, local, field in DATA_FIELDS)
+    cause = _cause(error, source, local, kind)
     said = f"{field} = {source!r} could not be loaded{'' if local else ' from the hub'}: {cause}"
     token = get_token()
     return said.replace(token, "<token>") if token else said
 
 
-def _cause(error: Exception, source: str, local: bool, data: bool) -> str:
-    """What the chain of errors tells, and what to do; the surest sign first. data: of a dataset, not a model."""
+def _cause(error: Exception, source: str, local: bool, kind: str) -> str:
+    """What the chain of errors tells, and what to do; the surest sign first."""
     chain = list(_chain(error))
     text = "\n".join(map(str, chain))
-    instead = "give a local file" if data else "give a local folder"
+    instead = "give a local file" if kind == "dataset" else "give a local folder"
     answers = [e for e in chain if isinstance(e, HfHubHTTPError) and not isinstance(e, RemoteEntryNotFoundError)]
     status = answers[0].response.status_code if answers else 0
 
     # datasets replaces the hub's errors by its own, told apart by their text
     if _any(chain, GatedRepoError) or (_named(chain, "DatasetNotFoundError") and "is a gated dataset" in text):
-        page = f"{constants.ENDPOINT}/{'datasets/' if data else ''}{source}"
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{source}"
         return f"it is gated: accept its licence on its page, {page}, then {LOG_IN}"
     if _any(chain, RepositoryNotFoundError) or _named(chain, "DatasetNotFoundError"):
-        kind = "dataset" if data else "model"
         return f"the hub has no such {kind}, or it is private: check the id, {LOG_IN}, or {instead}"
     if status == 401:
         return "the hub refused the token: give HF_TOKEN a valid one, or log in again with `hf auth login`"

@@ -10,28 +10,25 @@ Accepted columns
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from savelib.config import Config, ConfigError
 from savelib.data import instructions, world
 from savelib.data.chat import Messages, load_tokenizer
-from savelib.data.hub import explain
-from savelib.paths import resolve
+from savelib.data.files import ANY_SPLIT, Row, as_text, column, converted, shown, source_rows
+from savelib.data.smollm2 import smollm2_path
 
 T = TypeVar("T")
-SPLITS = {  # of a hub dataset: the first that it has, else its first
-    "preferences": ("train_prefs", "train"),
-    "eval_preferences": ("test_prefs", "test"),
-    "guard_preferences": ("test_prefs", "test"),
-    "prompts": ("train",),
-    "eval_prompts_source": ("test",),
+SPLITS = {  # of a hub dataset: the first that it has
+    "preferences": ("train_prefs", "train", ANY_SPLIT),
+    "eval_preferences": ("test_prefs", "test", ANY_SPLIT),
+    "guard_preferences": ("test_prefs", "test", ANY_SPLIT),
+    "prompts": ("train", ANY_SPLIT),
+    "eval_prompts_source": ("test", ANY_SPLIT),
 }
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
@@ -91,27 +88,30 @@ def load_preferences(source: str, config: Config, field: str = "preferences") ->
             label_bias=config.label_bias,
         )
         return [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs]
-    return _converted(_rows(source, field), _preference, config)
+    return _loaded(source, field, _preference, config)
 
 
 def load_prompts(source: str, config: Config, field: str = "prompts") -> list[Prompt]:
     """All prompts of a source, in its order, after prompt_selection. Raises ConfigError as load_preferences."""
     if source == "embedded":
         return [Prompt(p, _messages(p), embedded=True) for p in world.train_prompts()]
-    rows = (r for r in _rows(source, field) if _selected(r[1], config))
-    prompts = _converted(rows, _prompt, config)
+    found = _loaded(source, field, lambda row, where: _prompt(row, where) if _selected(row, config) else None, config)
+    prompts = [prompt for prompt in found if prompt]
     if not prompts:
         raise ConfigError(f"{field} = {source!r}: none left by prompt_selection = {config.prompt_selection!r}")
     return prompts
 
 
-def split_heldout(rows: list[Any]) -> tuple[list[Any], list[Any]]:
+def split_heldout(rows: list[Any], field: str) -> tuple[list[Any], list[Any]]:
     """(the others, every tenth row; at least one row each): a file may be ordered by source.
 
-    Raises ConfigError for fewer than two rows.
+    Raises ConfigError naming the field for fewer than two rows.
     """
     if len(rows) < 2:
-        raise ConfigError(f"{len(rows)} row(s) cannot be split into training and held-out data; give at least 2")
+        own = "eval_preferences" if field == "preferences" else "eval_prompts_source"
+        raise ConfigError(
+            f"{field}: {len(rows)} row cannot be split into training and held-out data; give 2 or more, or {own}"
+        )
     every = min(10, len(rows))
     heldout = rows[every - 1 :: every]
     return [row for i, row in enumerate(rows, 1) if i % every], heldout
@@ -125,7 +125,7 @@ def train_and_heldout_preferences(config: Config) -> tuple[list[Preference], lis
     if config.preferences == "embedded":
         heldout = world.heldout_pairs(world_seed=config.world_seed, start_share=config.share_of_pairs)
         return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in heldout]
-    return split_heldout(pairs) if pairs else ([], [])
+    return split_heldout(pairs, "preferences") if pairs else ([], [])
 
 
 def guard_preferences(config: Config, pairs: list[Preference]) -> tuple[list[Preference], list[Preference]]:
@@ -166,85 +166,22 @@ def train_and_heldout_prompts(config: Config) -> tuple[list[Prompt], list[Prompt
         return prompts, load_prompts(config.eval_prompts_source, config, "eval_prompts_source")
     if config.prompts == "embedded":
         return prompts, [Prompt(p, _messages(p), embedded=True) for p in world.heldout_prompts()]
-    return split_heldout(prompts)
-
-
-def _rows(source: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a local file or a hub dataset; `where` names the row in errors."""
-    path = Path(resolve(source))
-    count = 0
-    for where, row in _file_rows(path, field) if path.is_file() else _hub_rows(source, field):
-        count += 1
-        yield where, row
-    if not count:
-        raise ConfigError(f"{field} = {source!r} has no rows")
-
-
-def _file_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{field}: {path} is not a readable Parquet file: {error}") from None
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1))
-    elif name.endswith((".jsonl", ".json")):
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-                for i, line in enumerate(lines, 1):
-                    yield f"{path}, line {i}", _json_row(line, f"{field}: {path}, line {i}")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{field}: {path} cannot be read: {error}") from None
-    else:
-        raise ConfigError(f"{field}: {path} must end in .jsonl, .jsonl.gz or .parquet")
-
-
-def _json_row(line: str, where: str) -> dict[str, Any]:
-    if not line.strip():
-        raise ConfigError(f"{where} is empty; remove the line")
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where} holds a {type(row).__name__}, not an object with named columns")
-    return row
-
-
-def _hub_rows(source: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    looks_local = source.endswith((".jsonl", ".json", ".gz", ".parquet")) or source.count("/") != 1
-    if looks_local:
-        raise ConfigError(f"{field} = {source!r}: no such file, and not a hub id (owner/name) nor 'embedded'")
-
-    import datasets  # slow to import
-
-    try:
-        splits = datasets.load_dataset(source)
-    except Exception as error:  # whatever the hub client raises: offline, missing, gated, broken files
-        raise ConfigError(explain(error, field, source)) from None
-    data = splits[next((name for name in SPLITS[field] if name in splits), next(iter(splits)))]
-    yield from ((f"{source}, row {i}", row) for i, row in enumerate(data))
+    return split_heldout(prompts, "prompts")
 
 
 # rows -> the internal form
 
 
-def _converted(
-    rows: Iterable[tuple[str, dict[str, Any]]], convert: Callable[[dict, str], T], config: Config
-) -> list[T]:
+def _loaded(source: str, field: str, convert: Callable[[Row, str], T], config: Config) -> list[T]:
     """Every row converted; a row with bad content is an error, or under bad_rows=skip left out and counted aloud."""
-    good, bad = [], []
-    for where, row in rows:
-        try:
-            good.append(convert(row, where))
-        except ConfigError as error:
-            if config.bad_rows == "error":
-                raise ConfigError(f"{error}; mend the row, or set bad_rows=skip to leave such rows out") from None
-            bad.append(str(error))
+    good, bad = converted(source_rows(source, field, SPLITS[field]), convert)
+    said = f"{len(bad)} of {len(good) + len(bad)} rows"
+    if bad and config.bad_rows == "error":
+        raise ConfigError(
+            f"{field} = {source!r}: {said} are bad, the first: {bad[0]}; correct them, or set bad_rows=skip"
+        )
     if bad:
-        print(f"left out {len(bad)} of {len(good) + len(bad)} rows, the first: {bad[0]}", flush=True)
+        print(f"left out {said}, the first: {bad[0]}", flush=True)
     return good
 
 
@@ -252,24 +189,26 @@ def _messages(prompt: str) -> Messages:
     return [{"role": "user", "content": prompt}]
 
 
-def _column(row: dict[str, Any], names: Iterable[str], where: str) -> Any:
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    wanted = " or ".join(repr(n) for n in names)
-    raise ConfigError(f"{where}: no column {wanted}; it has {', '.join(map(repr, row)) or 'none'}")
-
-
-def _prompt_messages(value: Any, where: str) -> Messages:
+def _prompt_messages(value: Any) -> Messages:
     """A text, a transcript or a message list -> messages that end with the user's turn."""
     if isinstance(value, str):
         value = _transcript(value) if _TURN.match(value) else _messages(value)
-    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        raise ConfigError(f"{where}: a prompt must be a text or a list of {{role, content}}, not {str(value)[:60]!r}")
-    value = [{"role": m["role"], "content": m["content"]} for m in value]
-    if not value or value[-1]["role"] != "user" or not str(value[-1]["content"] or "").strip():
-        raise ConfigError(f"{where}: the prompt is empty, or does not end with a user turn")
-    return value
+    messages = _checked(value, "the prompt")
+    if messages[-1]["role"] != "user":
+        raise ConfigError(f"the prompt ends with a turn of {messages[-1]['role']!r}, not of 'user'")
+    as_text(messages[-1]["content"], "the prompt's last message")
+    return messages
+
+
+def _checked(value: Any, what: str) -> Messages:
+    """A list of messages, each with role and content as texts."""
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{what} must be a text or a list of {{role, content}}, not {shown(value)}")
+    for number, message in enumerate(value, 1):
+        for name in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(name), str):
+                raise ConfigError(f"{what}: message {number} must have {name} as a text, not {shown(message)}")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def _transcript(text: str) -> Messages:
@@ -279,52 +218,54 @@ def _transcript(text: str) -> Messages:
     return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _preference(row: dict[str, Any], where: str) -> Preference:
-    chosen, rejected = _column(row, ["chosen"], where), _column(row, ["rejected"], where)
+def _preference(row: Row, _: str) -> Preference:
+    chosen, rejected = column(row, "chosen"), column(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen) and _TURN.match(rejected):
         chosen, rejected = _transcript(chosen), _transcript(rejected)
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen[:-1] != rejected[:-1]:
-        raise ConfigError(f"{where}: 'chosen' and 'rejected' do not answer the same prompt")
-    prompt = row.get("prompt")
-    if prompt is None and isinstance(chosen, list):
-        prompt = chosen[:-1]
-    prompt = _prompt_messages(_column({"prompt": prompt} | row if prompt else row, ["prompt"], where), where)
-    return Preference(prompt, _response(chosen, "chosen", where), _response(rejected, "rejected", where))
+        raise ConfigError("'chosen' and 'rejected' do not answer the same prompt")
+    alone = "prompt" not in row and isinstance(chosen, list)  # the transcript has the prompt
+    prompt = _prompt_messages(chosen[:-1] if alone else column(row, "prompt"))
+    return Preference(prompt, _response(chosen, "chosen"), _response(rejected, "rejected"))
 
 
-def _response(value: Any, column: str, where: str) -> str:
+def _response(value: Any, name: str) -> str:
+    what = f"column {name!r}"
     if isinstance(value, list):
-        last = value[-1] if value else {}
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            raise ConfigError(f"{where}: column {column!r} does not end with an assistant turn")
-        value = last.get("content")
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{where}: column {column!r} is empty or no text: {str(value)[:60]!r}")
-    return value
+        last = _checked(value, what)[-1]
+        if last["role"] != "assistant":
+            raise ConfigError(f"{what} does not end with an assistant turn")
+        value = last["content"]
+    return as_text(value, what)
 
 
-def _prompt(row: dict[str, Any], where: str) -> Prompt:
-    messages = _prompt_messages(_column(row, ["prompt", "instruction"], where), where)
+def _prompt(row: Row, where: str) -> Prompt:
+    messages = _prompt_messages(column(row, "prompt", "instruction"))
     checks = row.get("checks")
     if checks is not None:
         try:
             instructions.gold(checks, "probe")
         except ValueError as error:
-            raise ConfigError(f"{where}: column 'checks': {error}") from None
+            raise ConfigError(f"column 'checks': {error}") from None
     return Prompt(str(row.get("id") or where), messages, checks)
 
 
 @cache
 def _policy_tokenizer(source: str):
-    return load_tokenizer(source, "policy_model")
+    if source == "embedded":
+        return world.make_tokenizer()
+    return load_tokenizer(str(smollm2_path()) if source == "smollm2" else source, "policy_model")
 
 
-def _selected(row: dict[str, Any], config: Config) -> bool:
+def _selected(row: Row, config: Config) -> bool:
     """prompt_selection on the dataset's own responses, in the policy's tokens. Rows without any are kept."""
     completions = row.get("completions")
     if config.prompt_selection == "all" or not completions:
         return True
-    texts = [c.get("response", "") if isinstance(c, dict) else str(c) for c in completions]
+    listed = completions if isinstance(completions, list) else [None]
+    texts = [c.get("response") if isinstance(c, dict) else c for c in listed]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"column 'completions' must be a list of texts or of {{response}}, not {shown(completions)}")
     tokenizer = _policy_tokenizer(config.policy_model)
     fits = all(len(ids) <= config.max_new_tokens for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
     return fits if config.prompt_selection == "responses_fit" else not fits

@@ -14,9 +14,9 @@ import pandas as pd
 from scipy.special import expit
 from scipy.stats import norm
 
-from savelib.benchmarks.rows import file_rows
 from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError, check_names
+from savelib.data.files import file_rows
 
 BASELINE = "gpt4_1106_preview"
 INSTRUCTIONS = 805
@@ -30,7 +30,7 @@ def read_annotations(path: str | Path, instructions: int = INSTRUCTIONS) -> pd.D
 
     Raises ConfigError unless there is each instruction once, `instructions` of them, of one model and one baseline.
     """
-    table = pd.DataFrame(check_annotations([row for _, row in file_rows(Path(path), "annotations")]))
+    table = pd.DataFrame(check_annotations([row for _, row in file_rows(path, "annotations")]))
     if len(table) != instructions:
         raise ConfigError(
             f"annotations {str(path)!r} have {len(table)} of {instructions} instructions; annotate all, "

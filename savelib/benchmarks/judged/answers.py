@@ -15,11 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from savelib.benchmarks.rows import file_rows
 from savelib.config import ConfigError
+from savelib.data.files import Row, at, file_rows, text
 from savelib.paths import resolve, write_atomically
-
-Row = dict[str, Any]
 
 ID = {"alpaca": "instruction", "arena": "uid"}  # the column that pairs rows; AlpacaEval has no other
 
@@ -51,7 +49,7 @@ def output(row: Row, benchmark: str) -> str:
 
 def read_rows(source: str | Path, field: str) -> list[Row]:
     """The rows of a JSON list or JSONL file. Raises ConfigError naming the field and the first bad row."""
-    rows = [row for _, row in file_rows(Path(resolve(str(source))), field)]
+    rows = [row for _, row in file_rows(resolve(str(source)), field)]
     if not rows:
         raise ConfigError(f"{field} = {str(source)!r} has no rows")
     return rows
@@ -84,10 +82,8 @@ def by_id(rows: list[Row], benchmark: str, where: str) -> dict[str, Row]:
 
 def text_of(row: Row, column: str, where: str) -> str:
     """The text in a row's column. Raises ConfigError where there is none."""
-    value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{where}: column {column!r} is empty or no text; it has {', '.join(map(repr, row))}")
-    return value
+    with at(where):
+        return text(row, column)
 
 
 def digest(*what: Any) -> str:

@@ -18,9 +18,9 @@ import statsmodels.api as sm
 from scipy.special import expit
 
 from savelib.benchmarks.judged.judge import LABELS, read_label
-from savelib.benchmarks.rows import file_rows
 from savelib.benchmarks.statistics import Result, Stratum, bootstrap, interval, percentiles
 from savelib.config import ConfigError
+from savelib.data.files import file_rows
 
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 QUESTIONS = {"hard_prompt": 500, "creative_writing": 250}
@@ -49,7 +49,7 @@ class Judged:
 
 def read_files(given: str | Path | list[str | Path], field: str) -> list[dict[str, Any]]:
     """The rows of one file or of several."""
-    return [row for path in (given if isinstance(given, list) else [given]) for _, row in file_rows(Path(path), field)]
+    return [row for path in (given if isinstance(given, list) else [given]) for _, row in file_rows(path, field)]
 
 
 def read_questions(path: str | Path) -> dict[str, str]:
