@@ -6,27 +6,26 @@ import pandas as pd
 import pytest
 import torch
 
-from savelib.experiments import simulation
+from savelib.experiments import simulation_tables as tables
+from savelib.experiments.forms import FORMS, two_clusters
 from savelib.experiments.simulation import (
-    FORMS,
     Setting,
     Worlds,
     fit_heads,
     head_gradient,
-    over_seeds,
     simulate,
-    spread_loss,
     trajectory,
-    two_clusters,
 )
-from savelib.method import RULES
+from savelib.experiments.simulation_tables import TABLES, over_seeds
+from savelib.experiments.tables import Tables
+from savelib.method import RULES, spread_loss
 
 SEEDS = range(4)
 
 
 def batch(settings, seeds=SEEDS, step=1):
     worlds = Worlds(settings, seeds)
-    heads = fit_heads(worlds, worlds.preferences())
+    heads = fit_heads(worlds)
     z, mean, right = worlds.groups(step)
     return worlds, heads, z, mean, right
 
@@ -64,11 +63,10 @@ def test_gradient_and_forces_are_those_of_the_equations(threshold):
 
 def test_worlds_do_not_mix_and_a_seed_gives_the_same_in_any_company():
     many = [Setting(success=0.2), Setting(success=0.6, lr=1e-2, nuisance=1.0, total_steps=60)]
-    alone = simulate("save", many[1:], [2])
-    together = simulate("save", many, SEEDS).query("setting == 1 and seed == 2")
-    assert together["final"].item() == pytest.approx(alone["final"].item(), abs=1e-3)
-    assert simulate("save", many, SEEDS).equals(simulate("save", many, SEEDS))
-    assert simulate("save", many, SEEDS)["final"].nunique() == 8
+    alone, together = simulate("save", many[1:], [2]), simulate("save", many, SEEDS)
+    same = together.query("setting == 1 and seed == 2")["final"].item()
+    assert same == pytest.approx(alone["final"].item(), abs=1e-3)
+    assert simulate("save", many, SEEDS).equals(together) and together["final"].nunique() == 8
 
 
 def test_settings_of_one_call_share_their_shape():
@@ -92,7 +90,7 @@ def test_draws_are_as_the_setting_says():
 
 def test_accuracy_is_that_of_drawn_pairs():
     worlds = Worlds([Setting(nuisance=1.5, batch_size=1000, group_size=20)], range(2))
-    heads = fit_heads(worlds, worlds.preferences())
+    heads = fit_heads(worlds)
     z, _, right = worlds.groups(1)
     rewards = torch.einsum("wbgd,wd->wbg", z, heads)
     pairs = (right[..., :, None] > 0) & (right[..., None, :] < 0)
@@ -158,26 +156,22 @@ def test_forces_of_these_forms_sum_to_zero(form):
 
 
 def test_tables_have_a_row_for_each_cell(monkeypatch, tmp_path):
-    monkeypatch.setattr(simulation, "AXES", {"nuisance": (0.0, 1.0)})
-    monkeypatch.setattr(simulation, "FRESH", range(2))
-    phase = simulation.phase_diagram(["spread"], range(2))
-    assert list(zip(phase["value"], phase["success"], strict=True)) == [
-        (v, p) for v in (0, 1) for p in simulation.SUCCESS
-    ]
-    assert len(simulation.with_pairs(["spread"], range(2))) == 2 * 4 * 3
-    forms = simulation.forms_table(3, ["save"])
+    monkeypatch.setattr(tables, "AXES", {"nuisance": (0.0, 1.0)})
+    monkeypatch.setattr(tables, "FRESH", range(2))
+    phase = tables.phase_diagram(["spread"], range(2))
+    assert list(zip(phase["value"], phase["success"], strict=True)) == [(v, p) for v in (0, 1) for p in tables.SUCCESS]
+    assert len(tables.with_pairs(["spread"], range(2))) == 2 * 4 * 3
+    forms = tables.forms_table(3, ["save"])
     tuning, fresh = forms.query("stage == 'tuning'"), forms.query("stage == 'fresh'")
     assert (len(tuning), len(fresh), set(fresh["seeds"])) == (20, 5, {2})
     assert fresh["lr"].unique().tolist() == [tuning.groupby("lr")["change"].mean().idxmax()]
-    monkeypatch.setattr(simulation, "TABLES", {"forms": lambda: forms})
-    monkeypatch.setattr("sys.argv", ["simulation", "--out", str(tmp_path)])
-    simulation.main()
+    monkeypatch.setattr("sys.argv", ["tables", "--out", str(tmp_path)])
+    Tables("simulation", {"forms": lambda: forms}, "seconds").main()
     assert len(pd.read_csv(tmp_path / "simulation_forms.csv")) == 25
 
 
-@pytest.mark.parametrize("form", ["save", "spread"])
-def test_shipped_files_are_of_this_code(form):
-    phase = simulation.table("phase").query("form == @form and axis == 'nuisance' and value == 1")
-    here = over_seeds(simulate(form, [Setting(success=p, nuisance=1.0) for p in simulation.SUCCESS], simulation.FRESH))
+def test_shipped_files_are_of_this_code():
+    phase = TABLES.table("phase").query("form == 'save' and axis == 'nuisance' and value == 1")
+    here = over_seeds(simulate("save", [Setting(success=p, nuisance=1.0) for p in tables.SUCCESS], tables.FRESH))
     assert here["change"].tolist() == pytest.approx(phase["change"].tolist(), abs=0.2)
-    assert set(simulation.table("forms")["form"]) == set(FORMS)
+    assert set(TABLES.table("forms")["form"]) == set(FORMS)

@@ -8,8 +8,9 @@ from tiny_models import make_policy
 
 from savelib.config import ConfigError, make_config
 from savelib.data.pairs_and_prompts import Prompt
-from savelib.experiments import theory
-from savelib.experiments.theory import CONDITIONS, conditions, derivative, gold_scale, pair_derivative, verdict
+from savelib.experiments import theory, theory_tables
+from savelib.experiments.theory import derivative, gold_scale, pair_derivative
+from savelib.experiments.theory_tables import CONDITIONS, TABLES, conditions, verdict
 from savelib.models.loading import load_policy
 from savelib.models.rollout import completion_logprobs, sample
 from savelib.training.algorithm import prepare
@@ -151,14 +152,14 @@ def test_verdicts(value, said):
 def test_means_of_k_vary_by_one_over_k():
     rewards = torch.randn(400, 256, generator=torch.Generator().manual_seed(0)) * 3 + torch.arange(400.0)[:, None]
     for count in (1, 4, 32):
-        assert theory.variance_of_means(rewards, count).mean().item() == pytest.approx(9 / count, rel=0.1)
+        assert theory_tables.variance_of_means(rewards, count).mean().item() == pytest.approx(9 / count, rel=0.1)
     by_hand = rewards[0].view(64, 4).mean(1)
     expected = (by_hand - rewards[0].mean()).square().sum() / 63
-    assert theory.variance_of_means(rewards[:1], 4).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert theory_tables.variance_of_means(rewards[:1], 4).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_shipped_lemma_table_is_whole_and_consistent():
-    table = theory.table("lemma1")
+    table = TABLES.table("lemma1")
     places = table.groupby(["rule", "world", "seed", "step"]).size()
     assert len(places) == 2 * 5 * 2 * 4 and places.nunique() == 1
     start = table[table["step"] == 0].set_index(["world", "seed", "quantity", "along"])["value"]
@@ -170,6 +171,6 @@ def test_shipped_lemma_table_is_whole_and_consistent():
 
 
 def test_shipped_remark_table_falls_as_one_over_k():
-    table = theory.table("remark1")
+    table = TABLES.table("remark1")
     assert (table["target_variance"] / table["predicted"]).between(0.7, 1.4).all()
-    assert table["responses"].unique().tolist() == list(theory.RESPONSES)
+    assert table["responses"].unique().tolist() == list(theory_tables.RESPONSES)
