@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
+import re
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +18,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from savelib.method import ALGORITHMS, RULES
+
+LARGEST = 1_000_000  # of a whole number without a limit of its own
+LARGEST_SEED = 2**32 - 1
+MOST_TOKENS = 10**9  # sampled at a time: a random number each
+MAY_BE_EMPTY = ("run_id", "preferences", "eval_preferences", "eval_prompts_source", "guard_preferences")
+RESERVED = ("studies",)  # folders under runs/ that hold no run
 
 
 class ConfigError(ValueError):
@@ -26,13 +35,17 @@ def _field(default: Any, paper: str, description: str, stage: int = 0, **constra
 
     stage: 1 or 2 where the field changes the result of stage 1, or of stage 2 alone, and so belongs to its cache key.
     """
+    if type(default) is int:
+        constraints.setdefault("le", LARGEST)
     return Field(default, description=description, json_schema_extra={"paper": paper, "stage": stage}, **constraints)
 
 
 class Config(BaseModel):
     """One run of SAVE. `python -m savelib config` prints each field with its value, source and meaning."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
     # the run
     profile: str = _field(
@@ -41,7 +54,9 @@ class Config(BaseModel):
     run_id: str = _field(
         "", "ours", "name of the folder under runs/; empty: made from profile, rule, algo, seed and time"
     )
-    seed: int = _field(0, "ours", "seed of sampling, data order and head initialisation", ge=0, stage=1)
+    seed: int = _field(
+        0, "ours", "seed of sampling, data order and head initialisation", ge=0, le=LARGEST_SEED, stage=1
+    )
     resume: str = _field(
         "never",
         "ours",
@@ -52,7 +67,7 @@ class Config(BaseModel):
     eval_every: int = _field(20, "ours", "steps between evaluations on held-out data; 0: only first and last", ge=0)
     eval_prompts: int = _field(64, "ours", "held-out prompts of an evaluation", ge=1)
     device: str = _field("auto", "ours", "auto, cpu, cuda or cuda:N")
-    threads: int = _field(0, "ours", "CPU threads; 0: all cores. Tiny models are faster on one", ge=0)
+    threads: int = _field(0, "ours", "CPU threads; 0: all cores. Tiny models are faster on one", ge=0, le=1024)
     precision: Literal["float32", "bfloat16"] = _field(
         "bfloat16",
         "section 4.1",
@@ -133,7 +148,9 @@ class Config(BaseModel):
         "keep prompts whose dataset responses fit in (or exceed) max_new_tokens",
         stage=2,
     )
-    world_seed: int = _field(0, "ours", "which embedded world: the seed of its pretrained backbone", ge=0, stage=1)
+    world_seed: int = _field(
+        0, "ours", "which embedded world: the seed of its pretrained backbone", ge=0, le=LARGEST_SEED, stage=1
+    )
     start_share: float = _field(
         0.4, "ours", "embedded world: share of right responses in the policy's SFT data", gt=0, lt=1, stage=2
     )
@@ -252,13 +269,29 @@ class Config(BaseModel):
         "two_kept", "algorithm 1, open", "groups in the policy update: at least 2 kept, or kept ones of both signs"
     )
     max_grad_norm: float = _field(1.0, "open", "gradient clipping, each optimizer by itself", gt=0, stage=1)
-    temperature: float = _field(0.7, "table 8", "sampling temperature; log-probs use it too", gt=0, stage=2)
+    temperature: float = _field(0.7, "table 8", "sampling temperature; log-probs use it too", ge=0.01, le=100, stage=2)
     top_p: float = _field(0.8, "table 8", "nucleus sampling; 1: off", gt=0, le=1, stage=2)
     top_k: int = _field(20, "table 8", "top-k sampling; 0: off", ge=0, stage=2)
     max_new_tokens: int = _field(1024, "table 8", "longest response", ge=1, stage=2)
     micro_batch_groups: int = _field(1, "ours", "groups per forward/backward of the reward model", ge=1)
     micro_batch_responses: int = _field(4, "ours", "responses per forward/backward of the policy", ge=1)
     rollout_rows: int = _field(128, "ours", "responses sampled at a time", ge=1)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _sound(cls, value: Any, info: Any) -> Any:
+        """What no field takes, whatever its type."""
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError("a truth value, where a number or a text is wanted")
+        if isinstance(value, str):
+            if len(value) > 1000:
+                raise ValueError(f"a text of {len(value)} characters; at most 1000")
+            if any(ord(c) < 32 or ord(c) == 127 for c in value):
+                raise ValueError("holds a control character")
+            if not value.strip() and info.field_name not in MAY_BE_EMPTY:
+                raise ValueError("must not be empty")
+        return value
 
     @field_validator("profile", "rule", "algo")
     @classmethod
@@ -273,6 +306,22 @@ class Config(BaseModel):
     def _plain_name(cls, value: str) -> str:
         if value and (Path(value).name != value or value.startswith(".")):
             raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
+        if value in RESERVED or value != value.strip() or len(value.encode()) > 200:
+            raise ValueError(f"is none of {', '.join(RESERVED)}, has no blank at an end and at most 200 bytes")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+            raise ValueError("not auto, cpu, cuda or cuda:N")
+        return value
+
+    @field_validator("resume")
+    @classmethod
+    def _plain_word(cls, value: str) -> str:
+        if value != value.lower() and value.lower() in ("auto", "never"):
+            raise ValueError(f"write {value.lower()}; other words are a checkpoint's folder")
         return value
 
     @model_validator(mode="after")
@@ -284,6 +333,13 @@ class Config(BaseModel):
                 f"batch_size = {self.batch_size} must be a multiple of num_processes = {self.num_processes}: every "
                 "process takes as many prompts"
             )
+        for rows, each in (("batch_size", "group_size"), ("anchor_batch_size", "anchor_responses")):
+            sizes = self.only(rows, each, "max_new_tokens")
+            if (tokens := math.prod(sizes.values())) > MOST_TOKENS:
+                said = " x ".join(f"{name} = {size}" for name, size in sizes.items())
+                raise ValueError(
+                    f"{said} are {tokens:,} tokens at a time, more than {MOST_TOKENS:,}: lower one of them"
+                )
         if self.load_in_4bit and not self.lora_rank:
             raise ValueError("load_in_4bit=true freezes the weights: set lora_rank (16 to 64) to have some to train")
         if self.backend != "ddp" and (self.lora_rank or self.optimizer != "adamw"):
@@ -365,42 +421,60 @@ PROFILES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong, _SHORT.maxlevel = 200, 80, 40, 2
+
+
 def make_config(file: str | Path | None = None, **values: Any) -> Config:
     """Config from a profile (default tiny), a YAML file and explicit values, the later ones winning.
 
     Raises ConfigError naming each bad field with its value and the valid names or values.
     """
-    merged: dict[str, Any] = {}
-    if file is not None:
-        try:
-            merged = yaml.safe_load(Path(file).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"config file {str(file)!r} cannot be read: {error}") from error
-        if not isinstance(merged, dict):
-            raise ConfigError(f"config file {str(file)!r} must hold 'name: value' lines, not a {type(merged).__name__}")
-    merged |= values
-    profile = merged.get("profile") or "tiny"
+    merged = (_read(file) if file is not None else {}) | values
     check_names(merged, Config.model_fields)
+    profile = merged.get("profile")
+    profile = "tiny" if profile in (None, "") else profile
     base = PROFILES.get(profile, {}) if isinstance(profile, str) else {}
     try:
         return Config(**(base | merged | {"profile": profile}))
     except ValidationError as error:
         lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'config'} = {e['input']!r}: {e['msg'].removeprefix('Value error, ')}"
-            if e["loc"]
-            else e["msg"].removeprefix("Value error, ")
+            "".join(f"{part} = {shown(e['input'])}: " for part in e["loc"][:1]) + e["msg"].removeprefix("Value error, ")
             for e in error.errors()
         ]
         raise ConfigError("bad configuration: " + "; ".join(lines)) from None
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML file; the values are texts, of which each field makes what it is."""
+    try:
+        found = yaml.load(Path(file).read_text(encoding="utf-8-sig"), yaml.BaseLoader) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {str(file)!r} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"config file {str(file)!r} must hold 'name: value' lines, not a {type(found).__name__}")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, in some 200 characters at most."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"{type(value).__name__} too long to print"
 
 
 def check_names(names: Any, valid: Any) -> None:
     """Raise ConfigError for each name that is not valid, with the nearest valid one and the list of all."""
     unknown = [name for name in names if name not in valid]
     if unknown:
-        hints = [(n, difflib.get_close_matches(n, list(valid), n=1)) for n in unknown]
-        said = ", ".join(f"{n!r}" + (f" (did you mean {h[0]!r}?)" if h else "") for n, h in hints)
-        raise ConfigError(f"unknown parameter {said}; valid names: {', '.join(sorted(valid))}")
+        near = [
+            difflib.get_close_matches(n, list(valid), n=1) if isinstance(n, str) and len(n) < 100 else []
+            for n in unknown
+        ]
+        said = [shown(n) + (f" (did you mean {h[0]!r}?)" if h else "") for n, h in zip(unknown, near, strict=True)]
+        more = f" and {len(said) - 5} others" if len(said) > 5 else ""
+        raise ConfigError(f"unknown parameter {', '.join(said[:5])}{more}; valid names: {', '.join(sorted(valid))}")
 
 
 def notebook_config(cells: list[str], also: tuple[str, ...] = ()) -> Config:
@@ -416,11 +490,19 @@ def notebook_config(cells: list[str], also: tuple[str, ...] = ()) -> Config:
 
 
 def notebook_parameters(cells: list[str]) -> dict[str, Any]:
-    """name -> literal of every assignment in the cells that begin with `# Parameters`, later cells winning."""
+    """name -> literal of every assignment in the cells that begin with `# Parameters`, later cells winning.
+
+    Raises ConfigError for a value that is no literal, such as papermill's float("nan").
+    """
     values: dict[str, Any] = {}
     for cell in cells:
         if cell.lstrip().startswith("# Parameters"):
             for node in ast.parse(cell).body:
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    values[node.targets[0].id] = ast.literal_eval(node.value)
+                    name = node.targets[0].id
+                    try:
+                        values[name] = ast.literal_eval(node.value)
+                    except ValueError:
+                        said = shown(ast.unparse(node.value))
+                        raise ConfigError(f"{name} = {said}: a parameter of a notebook is a literal") from None
     return values
