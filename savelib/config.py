@@ -21,6 +21,7 @@ from savelib.method import ALGORITHMS, RULES
 
 LARGEST = 1_000_000  # of a whole number without a limit of its own
 LARGEST_SEED = 2**32 - 1
+LARGEST_RATE = 1e30  # of learning: what float32 can hold, with room
 MOST_TOKENS = 10**9  # sampled at a time: a random number each
 MAY_BE_EMPTY = ("run_id", "preferences", "eval_preferences", "eval_prompts_source", "guard_preferences")
 RESERVED = ("studies",)  # folders under runs/ that hold no run
@@ -190,9 +191,11 @@ class Config(BaseModel):
     )
     bt_batch_size: int = _field(64, "section 3.1", "pairs per step", ge=1, stage=1)
     bt_backbone_lr: float = _field(
-        2e-6, "ours", "Bradley-Terry learning rate of the backbone; 0 freezes it", ge=0, stage=1
+        2e-6, "ours", "Bradley-Terry learning rate of the backbone; 0 freezes it", ge=0, le=LARGEST_RATE, stage=1
     )
-    bt_head_lr: float = _field(2e-6, "ours", "Bradley-Terry learning rate of the reward head", gt=0, stage=1)
+    bt_head_lr: float = _field(
+        2e-6, "ours", "Bradley-Terry learning rate of the reward head", gt=0, le=LARGEST_RATE, stage=1
+    )
 
     # stage 2: value anchor integration (eq. 12)
     value_position: Literal["user_turn", "generation_prompt"] = _field(
@@ -214,7 +217,7 @@ class Config(BaseModel):
     anchor_responses: int = _field(
         16, "table 8, K", "responses per prompt whose mean reward is the target", ge=1, stage=2
     )
-    anchor_lr: float = _field(2e-4, "table 8", "value head learning rate in stage 2", gt=0, stage=2)
+    anchor_lr: float = _field(2e-4, "table 8", "value head learning rate in stage 2", gt=0, le=LARGEST_RATE, stage=2)
     anchor_batch_size: int = _field(32, "table 8", "prompts per step in stage 2", ge=1, stage=2)
     anchor_epochs: int = _field(1, "table 8", "passes over the prompts in stage 2", ge=1, stage=2)
 
@@ -250,11 +253,13 @@ class Config(BaseModel):
     )
     certificate_alpha: float = _field(0.05, "ours", "chance that the certificate is wrong", gt=0, lt=1)
     certificate_delta: float = _field(0.02, "ours", "loss of accuracy that the certificate allows", ge=0, lt=1)
-    backbone_lr: float = _field(1e-7, "table 8", "backbone learning rate in the loop; 0 freezes it", ge=0)
-    reward_head_lr: float = _field(1e-7, "table 8", "reward head learning rate in the loop", gt=0)
-    value_head_lr: float = _field(1e-5, "table 8", "value head learning rate in the loop", gt=0)
+    backbone_lr: float = _field(
+        1e-7, "table 8", "backbone learning rate in the loop; 0 freezes it", ge=0, le=LARGEST_RATE
+    )
+    reward_head_lr: float = _field(1e-7, "table 8", "reward head learning rate in the loop", gt=0, le=LARGEST_RATE)
+    value_head_lr: float = _field(1e-5, "table 8", "value head learning rate in the loop", gt=0, le=LARGEST_RATE)
     value_loss_weight: float = _field(1.0, "table 8, lambda_V", "weight of L_V (eq. 21)", gt=0)
-    policy_lr: float = _field(2e-6, "table 8", "policy learning rate", gt=0)
+    policy_lr: float = _field(2e-6, "table 8", "policy learning rate", gt=0, le=LARGEST_RATE)
     freeze_policy: bool = _field(False, "table 1", "w/o policy optimization: the policy never moves")
     beta: float = _field(0.04, "table 8", "KL penalty to the initial policy", ge=0)
     kl: Literal["algorithm", "loss", "reward"] = _field(

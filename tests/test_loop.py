@@ -1,6 +1,7 @@
 """The step of algorithms 1 and 2 on models of the paper's architectures: what runs, what moves, and by how much."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from savelib.models.compute import seed_everything
 from savelib.models.reward_model import VALUE_HEAD_FILE
 from savelib.models.rollout import completion_logprobs, sample
 from savelib.training.algorithm import prepare, save_step
-from savelib.training.scoring import NonFiniteError, encode_groups
+from savelib.training.finite import NonFiniteError
+from savelib.training.scoring import encode_groups
 from savelib.training.stages import anchor_stage, preference_stage
 from savelib.training.trainer import load_data
 
@@ -274,6 +276,44 @@ def test_a_reward_that_is_no_number_stops_before_anything_moves(world):
     with pytest.raises(NonFiniteError, match=r"step 3: .*prompts: p\d+"):
         save_step(t, 3)
     assert not moved(t.policy, policy) and not moved(t.reward_model.value_head, head)
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (dict(value_loss_weight=1e308), r"^step 1: L_V is not a finite number; prompts: p\d+.*; lower value_head_lr"),
+    (dict(reward_head_lr=1e30), "^step 1: L_V is not .*; lower value_head_lr, .* or reward_head_lr, and start again$"),
+    (dict(value_head_lr=1e30), "^step 2: L_V is not a finite number; prompts: p"),
+    (dict(policy_lr=1e30), "^step 2: the policy loss is not .*; lower policy_lr or beta, and start again$"),
+    (dict(anchor_lr=1e30, anchor_epochs=2), "^L_V of stage 2 is not a finite number; lower .* anchor_lr"),
+])  # fmt: skip
+def test_a_loss_that_is_no_number_stops_with_advice(world, values, said):
+    with pytest.raises(NonFiniteError) as caught:
+        t = trainer(world, **values)
+        save_step(t, 1)
+        save_step(t, 2)
+    assert re.search(said, str(caught.value)), caught.value
+
+
+def test_a_value_a_gradient_or_a_policy_loss_that_is_no_number_stops_before_it_moves_anything(world):
+    t = trainer(world)
+    with torch.no_grad():
+        t.reward_model.value_head[-1].bias.fill_(float("inf"))
+    policy, rewards = state(t.policy), state(t.reward_model.model)
+    with pytest.raises(NonFiniteError, match=r"step 2: V of a prompt is not a finite number; prompts: p\d+"):
+        save_step(t, 2)
+    assert not moved(t.policy, policy) and not moved(t.reward_model.model, rewards)
+    t = trainer(world, rule="frozen")
+    with torch.no_grad():
+        t.reference.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"step 2: the policy loss is not .*; prompts: p\d+.*; lower policy_lr"):
+        save_step(t, 2)
+    engine = t.engines["policy"]
+    engine.parameters[0].grad = torch.full_like(engine.parameters[0], float("inf"))
+    with pytest.raises(NonFiniteError, match="the norm of policy's gradient is not a finite number"):
+        engine.step()
+    t = trainer(world, rule="frozen")
+    t.engines["policy"].optimizer.param_groups[0]["lr"] = 1e300
+    with pytest.raises(NonFiniteError, match="step 3: a weight of policy, after its update, is not a finite number"):
+        save_step(t, 3)
 
 
 def test_prompts_that_do_not_fit_are_named(world):

@@ -1,5 +1,7 @@
 """A run from config to folder, and its command line."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import paper_run
@@ -8,8 +10,10 @@ from typer.testing import CliRunner
 
 from savelib.cli import app, summary
 from savelib.config import ConfigError, make_config
-from savelib.runs.folder import read_config, read_manifest, read_metrics, read_samples
+from savelib.paths import runs_dir
+from savelib.runs.folder import RunLog, read_config, read_manifest, read_metrics, read_samples
 from savelib.runs.train import train
+from savelib.training.finite import NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,29 @@ def test_an_own_reward_model_needs_no_pairs(base):
     metrics = read_metrics(folder)
     assert "eval/rm_accuracy" not in metrics and metrics["eval/reward"].notna().all()
     assert "done" in summary(folder)
+
+
+def test_a_run_that_left_the_numbers_names_the_checkpoint_to_go_on_from(base):
+    train(make_config(**base | dict(total_steps=2, checkpoint_every=1, eval_every=0), run_id="good"))
+    (checkpoint,) = (runs_dir() / "good" / "checkpoints").iterdir()
+    values = base | dict(value_loss_weight=1e308, resume=str(checkpoint), run_id="bad")
+    with pytest.raises(NonFiniteError, match=f"^step 2: L_V is not .* good checkpoint by resume={checkpoint}$"):
+        train(make_config(**values))
+    assert read_manifest("bad")["status"] == "failed" and str(checkpoint) in read_manifest("bad")["error"]
+    assert len(train(make_config(**values | dict(value_loss_weight=1.0, run_id="again"))).name)
+
+
+def test_metrics_stay_strict_json(tmp_path):
+    with RunLog.create(make_config(run_id="odd", tracker="none")) as log:
+        log.metrics(0, {"a": float("nan"), "b": float("-inf"), "c": 0.5, "d": 1, "eval/reward": 0.1})
+        log.metrics(1, {"a": float("inf"), "b": 2.0, "c": 0.25, "d": 2})
+        assert log.progress().startswith("step 1/60")
+    lines = (runs_dir() / "odd" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in lines]
+    assert [(row["a"], row["b"]) for row in rows] == [(None, None), (None, 2.0)]
+    metrics = read_metrics("odd")
+    assert {str(metrics[c].dtype) for c in "abc"} == {"float64"} and str(metrics["d"].dtype) == "int64"
+    assert metrics["a"].isna().all() and metrics["c"].tolist() == [0.5, 0.25] and "odd" in summary(runs_dir() / "odd")
 
 
 @pytest.mark.parametrize(("words", "said"), [

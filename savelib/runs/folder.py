@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import platform
 import re
 import shutil
@@ -193,7 +194,9 @@ def progress_line(rows: list[dict[str, Any]], total_steps: int) -> str:
 
 
 def _as_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Strict JSON: a number that is not finite is null."""
+    strict = [{k: None if v in (math.inf, -math.inf) or v != v else v for k, v in row.items()} for row in rows]
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in strict)
 
 
 def clean(folder: Path) -> None:
@@ -256,8 +259,9 @@ def read_config(run: str | Path) -> Config:
 
 
 def read_metrics(run: str | Path) -> pd.DataFrame:
-    """metrics.jsonl, one row a step; step 0 is the evaluation before training."""
-    return pd.DataFrame(read_jsonl(run_folder(run) / "metrics.jsonl"))
+    """metrics.jsonl, one row a step; step 0 is the evaluation before training. null is nan."""
+    rows = pd.DataFrame(read_jsonl(run_folder(run) / "metrics.jsonl"))
+    return rows.astype({name: float for name in rows if rows[name].dtype == object})  # nothing but null
 
 
 def read_samples(run: str | Path) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from savelib.runs.folder import RunLog, new_run_id, read_config, read_manifest, 
 from savelib.training.algorithm import prepare, save_step
 from savelib.training.engine import connect, disconnect
 from savelib.training.evaluation import evaluate
+from savelib.training.finite import NonFiniteError
 
 # fields that may change when a run is resumed
 MAY_CHANGE = ("resume", "device", "threads", "checkpoint_every", "keep_checkpoints", "tracker", "rollout_rows")
@@ -37,7 +38,8 @@ def train(config: Config) -> Path:
             return folder
     done, checkpoint = told(_start(config, folder, resuming) if is_main() else None)
     t = prepare(config, checkpoint)
-    with _log(config, done, checkpoint, resuming) as log, _tracker(config, folder) as track:
+    log_of_run = _log(config, done, checkpoint, resuming)
+    with log_of_run as log, _tracker(config, folder) as track, _names_checkpoint(folder, checkpoint):
         if checkpoint:
             load_optimizers(t, checkpoint)
             say(f"going on after step {done} from {checkpoint}")
@@ -122,6 +124,20 @@ def _tracker(config: Config, folder: Path) -> Iterator[Callable[..., None]]:
         yield accelerator.log
     finally:
         accelerator.end_training()
+
+
+@contextlib.contextmanager
+def _names_checkpoint(folder: Path, begun: Path | None) -> Iterator[None]:
+    """A NonFiniteError tells the last good checkpoint, from which a run with other learning rates may start.
+
+    begun: the checkpoint that this run went on from.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        _, left = latest_checkpoint(folder) or (0, begun)
+        error.checkpoint = str(left or "")
+        raise
 
 
 def _check_same(config: Config, folder: Path) -> None:

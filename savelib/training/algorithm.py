@@ -16,6 +16,7 @@ from savelib.models.compute import seed_everything
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Responses
 from savelib.processes import gathered, share, summed
+from savelib.training.finite import names_step, require_finite
 from savelib.training.metrics import Clock, describe, sample_rows
 from savelib.training.policy_update import improve_policy
 from savelib.training.reward_side import RewardSide
@@ -46,6 +47,7 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Trainer:
     return Trainer(config, data, reward_model, value_head, checkpoint)
 
 
+@names_step
 def save_step(t: Trainer, step: int, clock: Clock | None = None) -> tuple[dict[str, float], list[dict]]:
     """Step `step` (from 1) of algorithms 1 and 2: (metrics of all processes, logged samples).
 
@@ -71,6 +73,7 @@ def save_step(t: Trainer, step: int, clock: Clock | None = None) -> tuple[dict[s
     return metrics | clock.metrics(tokens), sample_rows(rollout, before, step)
 
 
+@names_step
 def update_reward_model(
     t: RewardSide, responses: Responses, threshold: float, step: int, clock: Clock
 ) -> tuple[Feedback, Feedback, dict[str, float]]:
@@ -87,7 +90,7 @@ def update_reward_model(
         before, metrics = improve_reward_model(t, groups, responses, threshold, step)  # eq. 4, 15-20
     with clock.phase("reward scoring"):
         scores = t.scores(groups, responses, step)  # of the updated reward model
-        check_finite(scores.rewards, responses, step)
+        check_finite(scores.rewards, responses)
     with clock.phase("value update"):
         metrics |= improve_value_head(t, scores)  # eq. 21
     metrics |= measure_lead(t, scores, step)
@@ -127,12 +130,13 @@ def improve_reward_model(
             eligible = responses.finished[rows]  # [m, G]
             scores = t.score(groups, responses, rows, step)
             if i == 0:
-                check_finite(scores.rewards, responses, step, rows)
+                check_finite(scores.rewards, responses, rows)
                 filtered.append(t.feedback(scores, threshold, eligible))
             part = filtered[j]
             n = 0 if resting else int(rule.groups(part.partition, eligible).sum())
             if engine.needed(n):
                 loss = loss_of(scores.rewards, part.anchors, part.partition, eligible) * n
+                require_finite("the loss of the reward model", loss.detach(), "reward_model", responses.prompts[rows])
                 if rule.centred:
                     force += torch.autograd.grad(loss, scores.rewards, retain_graph=True)[0].sum().item()
                 engine.backward(loss)
@@ -169,6 +173,7 @@ def improve_value_head(t: RewardSide, scores: GroupScores) -> dict[str, float]:
     c, engine = t.config, t.engines["value_head"]
     loss = c.value_loss_weight * value_loss(t.reward_model.values(scores.prompt_hidden), scores.rewards)
     loss = loss * len(scores.rewards)  # a sum over this process's prompts
+    require_finite("L_V", loss.detach(), "value_head")
     engine.backward(loss)
     engine.step(divisor=c.batch_size)
     return {"value/loss": summed(loss.item())[0] / c.batch_size}
@@ -186,5 +191,6 @@ def measure_lead(t: RewardSide, scores: GroupScores, step: int) -> dict[str, flo
     pairs = score_groups(rm, encode_pairs(rm, mine), t.config)
     of_batch, of_pairs, processes = summed(scores.rewards.mean().item(), pairs.rewards.mean().item(), 1)
     now = (of_batch - of_pairs) / processes  # all processes have as many
+    require_finite("the lead over preference pairs", now, "reward_model")
     t.state["lead"] = running_mean(t.state.get("lead"), now)
     return {"reward/lead": now}

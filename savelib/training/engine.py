@@ -16,6 +16,7 @@ from savelib.config import Config, ConfigError
 from savelib.models.reward_model import RewardModel
 from savelib.paths import project_root
 from savelib.processes import is_main, summed, wait, world_size
+from savelib.training.finite import require_finite
 
 MODELS = ("policy", "reward_model")
 
@@ -101,13 +102,17 @@ class Engine:
         """Divide, clip, step, clear; returns the gradient norm before clipping.
 
         All processes call it together; one without a gradient takes part with zeros. Raises FrozenWeightsError if the
-        first step moves nothing.
+        first step moves nothing, NonFiniteError if the gradient or a weight is no number.
         """
         before = None if self.checked else self._sample()
         norm = self._step(divisor)
+        require_finite(f"the norm of {self.name}'s gradient", norm, self.name)
+        after = self._sample()
+        if after:
+            require_finite(f"a weight of {self.name}, after its update,", torch.cat(after), self.name)
         if before is not None and norm > 1e-4:
             self.checked = True
-            if not any((a != b).float().mean() >= 0.5 for a, b in zip(before, self._sample(), strict=True)):
+            if not any((a != b).float().mean() >= 0.5 for a, b in zip(before, after, strict=True)):
                 raise FrozenWeightsError(
                     f"{self.name}: a step with gradient norm {norm:.3g} moved no weight; raise its lr"
                 )

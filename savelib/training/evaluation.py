@@ -7,7 +7,8 @@ import torch
 from savelib.models.compute import seed_everything
 from savelib.models.rollout import shared_sample
 from savelib.processes import gathered
-from savelib.training.scoring import encode_groups, score_groups
+from savelib.training.finite import require_finite
+from savelib.training.scoring import check_finite, encode_groups, score_groups
 from savelib.training.trainer import Trainer
 
 RESPONSES = 4  # per held-out prompt
@@ -42,6 +43,7 @@ def evaluate(t: Trainer) -> dict[str, float]:
         batch = prompts[i : i + c.batch_size]
         rollout = shared_sample(t.policy, t.tokenizer, batch, RESPONSES, c, t.lockstep)
         scores = score_groups(t.reward_model, encode_groups(t.reward_model, rollout), c)
+        check_finite(scores.rewards, rollout)
         rewards.append(gathered(scores.rewards, len(batch)))
         hidden.append(gathered(scores.prompt_hidden, len(batch)))
         gold.append(gathered(rollout.gold().to(t.device), len(batch)))
@@ -51,6 +53,7 @@ def evaluate(t: Trainer) -> dict[str, float]:
     if t.rule.anchor == "value":
         with torch.no_grad():
             values = t.reward_model.values(torch.cat(hidden)).cpu()
+        require_finite("V of a held-out prompt", values, "value_head")
         out["eval/value_error"] = (values - rewards.mean(1)).abs().mean().item()
         out |= _correlation("eval/value_correlation", values, rewards.mean(1))
         out |= _correlation("eval/value_gold_correlation", values[known.all(1)], gold[known.all(1)].mean(1))

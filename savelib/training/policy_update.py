@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from savelib.data.pairs_and_prompts import ids_of
 from savelib.method import (
     kl_k1,
     kl_penalized_rewards,
@@ -22,9 +21,10 @@ from savelib.method import (
 )
 from savelib.models.rollout import Rollout, completion_logprobs
 from savelib.processes import gathered, largest, rank, summed
+from savelib.training.finite import require_finite
 from savelib.training.metrics import Clock
 from savelib.training.prime import improve_process_reward
-from savelib.training.scoring import Feedback, NonFiniteError, learned_from
+from savelib.training.scoring import Feedback, learned_from
 from savelib.training.trainer import Trainer
 
 
@@ -173,11 +173,7 @@ def _gradient_step(
         given = advantages[part, :steps] if advantages.dim() == 2 else advantages[part]
         loss = policy_loss(c.algo, logprobs, logprobs.detach(), references, given, inside, beta=beta)
         loss = loss * loss_weight(c.algo, inside)  # a sum over rows, or tokens
-        if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"step {step}: the policy loss is {loss.item()}; prompts: {ids_of(rollout.prompts)}; "
-                "lower policy_lr and resume from the last checkpoint"
-            )
+        require_finite("the policy loss", loss.detach(), "policy", rollout.prompts)
         engine.backward(loss)
         total += loss.item()
         kl += float(((logprobs.detach() - references) * inside).sum())

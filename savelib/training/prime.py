@@ -19,6 +19,7 @@ from savelib.method import outcome_logits, process_rewards
 from savelib.models.rollout import Rollout, completion_logprobs
 from savelib.processes import summed
 from savelib.training.engine import Engine
+from savelib.training.finite import require_finite
 
 
 def improve_process_reward(
@@ -37,6 +38,7 @@ def improve_process_reward(
         steps = logprobs.shape[1]
         logits = outcome_logits(process_rewards(logprobs, ref_logprobs[part, :steps]), mask[part, :steps])
         loss = F.binary_cross_entropy_with_logits(logits, wanted[part], reduction="sum")
+        require_finite("the loss of PRIME's process reward model", loss.detach(), "process_reward", rollout.prompts)
         engine.backward(loss)
         total += loss.item()
         verdict = (logits > 0).float().masked_fill(logits.abs() < 1e-4, 0.5)  # psi that is still the reference has none

@@ -17,6 +17,7 @@ from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Responses
 from savelib.training.engine import Engine, new_engine, reward_optimizer, whole_engine
+from savelib.training.finite import require_finite
 from savelib.training.guard import Guard
 from savelib.training.scoring import Feedback, FixedPairs, GroupScores, micro_batches, score_micro_batch
 
@@ -110,6 +111,7 @@ class RewardSide:
             return Feedback(rewards, None, Partition(eligible, nothing, nothing.any(1)))
         if self.rule.anchor == "value":
             anchors = self.reward_model.values(scores.prompt_hidden).detach()  # [B]
+            require_finite("V of a prompt", anchors, "value_head")
         else:
             anchors = (rewards * eligible).sum(1) / eligible.sum(1).clamp(min=1)  # [B]
         return Feedback(rewards, anchors, partition(rm_advantages(rewards, anchors), threshold, eligible))

@@ -10,15 +10,12 @@ from torch import Tensor
 
 from savelib import processes
 from savelib.config import Config
-from savelib.data.pairs_and_prompts import Preference, ids_of
+from savelib.data.pairs_and_prompts import Preference
 from savelib.method import Partition
 from savelib.models.compute import autocast, recomputing
 from savelib.models.reward_model import Encoded, RewardModel
 from savelib.models.rollout import Responses
-
-
-class NonFiniteError(RuntimeError):
-    """A reward or a loss that is not a finite number; the message names the step and the prompts."""
+from savelib.training.finite import NonFiniteError, require_finite
 
 
 @dataclass(frozen=True)
@@ -130,6 +127,7 @@ class FixedPairs:
     def margins(self) -> Tensor:
         """R(chosen) - R(rejected) of each pair [M]; a positive margin is a right verdict, a tie a wrong one."""
         rewards = score_groups(self.rm, self.encoded, self.config, pairs_at_once(self.config)).rewards  # [M, 2]
+        require_finite("a reward of a preference pair", rewards, "reward_model")
         margins = torch.empty(len(self.order), device=rewards.device)
         margins[self.order] = rewards[:, 0] - rewards[:, 1]
         return processes.gathered(margins, self.count).cpu()
@@ -140,12 +138,9 @@ def pair_margins(rm: RewardModel, pairs: list[Preference], config: Config) -> Te
     return FixedPairs(rm, pairs, config).margins()
 
 
-def check_finite(rewards: Tensor, responses: Responses, step: int, rows: slice = slice(None)) -> None:
-    """Raise NonFiniteError, naming step and prompts, before anything is updated with a reward that is not finite."""
+def check_finite(rewards: Tensor, responses: Responses, rows: slice = slice(None)) -> None:
+    """Raise NonFiniteError, naming the prompts, before anything is updated with a reward [B, G] that is not finite."""
     bad = (~torch.isfinite(rewards)).any(1).tolist()
     if any(bad):
         prompts = [p for p, b in zip(responses.prompts[rows], bad, strict=True) if b]
-        raise NonFiniteError(
-            f"step {step}: the reward model gives a reward that is not finite; prompts: {ids_of(prompts)}; "
-            "lower its learning rates (backbone_lr, reward_head_lr) and resume from the last checkpoint"
-        )
+        raise NonFiniteError("a reward is not a finite number", "reward_model", prompts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from savelib.models.rollout import shared_sample
 from savelib.paths import atomic_folder, cache_dir, code_digest, digest, resolve
 from savelib.processes import gathered, is_main, largest, main_first, say, share, summed, wait
 from savelib.training.engine import Engine, reward_optimizer
+from savelib.training.finite import require_finite
 from savelib.training.scoring import (
-    NonFiniteError,
+    check_finite,
     embed_groups,
     encode_groups,
     encode_pairs,
@@ -104,6 +104,7 @@ def bradley_terry_step(
     total, count = 0.0, 0
     for rows in micro_batches(len(encoded), pairs_at_once(config)):
         rewards = score_micro_batch(rm, encoded[rows], config).rewards  # [n, 2]
+        require_finite("a reward of a preference pair", rewards.detach(), "reward_model")
         better, worse = labels(rewards[:, 0], rewards[:, 1])
         n = len(better)
         if engine.needed(n):
@@ -111,8 +112,7 @@ def bradley_terry_step(
             engine.backward(loss)
             total, count = total + loss.item(), count + n
     total, count = summed(total, count)
-    if not math.isfinite(total):
-        raise NonFiniteError(f"the Bradley-Terry loss is {total}; lower its learning rates (bt_*_lr, in the loop *_lr)")
+    require_finite("the Bradley-Terry loss", total, "reward_model")
     if not count:
         return {"rm/pairs": 0}
     engine.step(divisor=count)
@@ -157,6 +157,7 @@ def anchor_targets(
         batch = chosen[i : i + config.anchor_batch_size]
         rollout = shared_sample(policy, tokenizer, batch, config.anchor_responses, config)
         scored = score_groups(rm, encode_groups(rm, rollout), config)
+        check_finite(scored.rewards, rollout)
         rewards.append(gathered(scored.rewards, len(batch)))
         hidden.append(gathered(scored.prompt_hidden, len(batch)))
     return torch.cat(hidden), torch.cat(rewards)
@@ -175,10 +176,12 @@ def fit_value_head(rm: RewardModel, hidden: Tensor, rewards: Tensor, config: Con
         total = 0.0
         for rows in torch.randperm(len(hidden)).split(config.anchor_batch_size):
             loss = value_loss(rm.values(hidden[rows]), rewards[rows])
+            require_finite("L_V of stage 2", loss.detach(), "value_head")
             loss.backward()
             nn.utils.clip_grad_norm_(rm.value_head.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             total += loss.item() * len(rows)
         means.append(total / len(hidden))
+    require_finite("V after stage 2", rm.values(hidden).detach(), "value_head")
     return means
