@@ -41,7 +41,7 @@ def with_adapters(model: nn.Module, config: Config, task: str, folder: Path | No
     from peft import LoraConfig, PeftModel, get_peft_model  # slow to import
 
     if folder is not None and (folder / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True, torch_device=str(model.device))
     else:
         r = config.lora_rank
         settings = LoraConfig(task_type=task, r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules="all-linear")
@@ -80,7 +80,7 @@ def save_merged(model: nn.Module, source: str, folder: Path, weights: dict[str, 
         classifier = hasattr(plain(model), "score")
         field, labels = ("reward_model", {"num_labels": 1}) if classifier else ("policy_model", {})
         base = from_pretrained(type(plain(model)), source, field, dtype=torch.float32, **labels)
-        model, weights = PeftModel.from_pretrained(base, folder).merge_and_unload(), None
+        model, weights = PeftModel.from_pretrained(base, folder, torch_device="cpu").merge_and_unload(), None
         for file in folder.glob("adapter_*"):
             file.unlink()
     model.save_pretrained(folder, state_dict=weights)
