@@ -11,8 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from savelib.config import make_config
-from savelib.data import world
+from savelib.data import world, world_models
 from savelib.data.pairs_and_prompts import train_and_heldout_preferences
+from savelib.data.world_models import (
+    build_backbone,
+    build_policy,
+    heldout_pairs,
+    preference_pairs,
+    probe,
+    sample_responses,
+)
 from savelib.models.compute import seed_everything
 from savelib.models.loading import policy_source
 from savelib.models.rollout import shared_sample
@@ -23,13 +31,13 @@ from savelib.training.evaluation import RESPONSES, evaluate
 
 @pytest.fixture(scope="module")
 def backbone():
-    folder = world.build_backbone(0)
+    folder = build_backbone(0)
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def policy():
-    return AutoModelForCausalLM.from_pretrained(world.build_policy(0)), world.make_tokenizer()
+    return AutoModelForCausalLM.from_pretrained(build_policy(0)), world.make_tokenizer()
 
 
 def digest(model):
@@ -68,7 +76,7 @@ def test_split():
     ],
 )
 def test_gold(response, formed, reward):
-    assert world.well_formed(response) is formed
+    assert any(world.gold(category, response) for category in world.CATEGORIES) is formed
     assert world.gold("fruit mary monday :", response) == reward
     assert world.gold("", response) == 0.0
 
@@ -88,17 +96,17 @@ def test_tokenizer_round_trip_and_template(backbone):
         assert len(ids) == 13 and tokenizer.unk_token_id not in ids and ids.count(tokenizer.bos_token_id) == 1
         assert ids[5] == ids[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
         assert tokenizer.decode(ids[6:], skip_special_tokens=True) == response
-        assert tokenizer.unk_token_id not in tokenizer(world.PROMPTS + list(world._WORDS)).input_ids[0]
-        assert all(len(tokenizer(word).input_ids) == 1 for word in world._WORDS)
+        assert tokenizer.unk_token_id not in tokenizer(world.PROMPTS + list(world.WORDS)).input_ids[0]
+        assert all(len(tokenizer(word).input_ids) == 1 for word in world.WORDS)
 
 
 def test_pretraining_text_follows_the_recipe():
     rng = random.Random(0)
-    texts = [world._pretraining_text(rng).removeprefix("<|bos|>").split("<|end|>") for _ in range(4000)]
+    texts = [world_models._pretraining_text(rng).removeprefix("<|bos|>").split("<|end|>") for _ in range(4000)]
     assert {len(turns) for turns in texts} == {4} and {turns[3] for turns in texts} == {""}
     assert {turns[0] for turns in texts} <= set(world.train_prompts())
     right = [world.gold(*turns[:2]) for turns in texts]
-    assert all(world.well_formed(turns[1]) for turns in texts) and abs(sum(right) / 4000 - 0.5) < 0.03
+    assert all(world.RESPONSE.fullmatch(turns[1]) for turns in texts) and abs(sum(right) / 4000 - 0.5) < 0.03
     comments = [
         (turns[2] in world.GOOD) == bool(r)
         for turns, r in zip(texts, right, strict=True)
@@ -106,40 +114,44 @@ def test_pretraining_text_follows_the_recipe():
     ]
     assert abs(len(comments) / 4000 - 0.4) < 0.03 and abs(sum(comments) / len(comments) - 0.95) < 0.02
     assert abs(sum(turns[2] == "" for turns in texts) / 4000 - 0.2) < 0.03
-    assert abs(sum(turns[2] in world._WORDS and turns[2] in turns[1] for turns in texts) / 4000 - 0.3) < 0.03
+    assert abs(sum(turns[2] in world.WORDS and turns[2] in turns[1] for turns in texts) / 4000 - 0.3) < 0.03
 
 
 def test_backbone_knows_quality(backbone):
-    found = world.probe(*backbone)
-    assert found["auc"] >= 0.98 and found["pc1_auc"] >= 0.95
-    assert 0.1 < found["quality"] <= found["pc1"] < 0.4 and 0.05 < found["politeness"] < 0.3
+    assert probe(*backbone) >= 0.98
+    features = world_models.last_states(backbone[0]).detach().flatten(0, 1).double()  # [P * 8, d], as drawn below
+    rng, asked = random.Random("geometry"), [p for p in world.heldout_prompts() for _ in range(8)]
+    right = torch.tensor([world.gold(p, world.random_response(rng, p, 0.5)) for p in asked]).bool()
+    features -= features.mean(0)
+    apart = torch.nn.functional.normalize(features[right].mean(0) - features[~right].mean(0), dim=0)
+    assert (features @ apart).square().sum() / features.square().sum() > 0.1  # a main direction among 64
 
 
 def test_probe_is_near_chance_before_pretraining():
-    assert abs(world.probe(world.pretrain(0, steps=1), world.make_tokenizer())["auc"] - 0.5) < 0.2
+    assert abs(probe(world_models.pretrain(0, steps=1), world.make_tokenizer()) - 0.5) < 0.2
 
 
 def test_failed_probe_stops_the_build_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SAVE_CACHE", str(tmp_path))
-    monkeypatch.setitem(world.RECIPE, "pretrain", world.RECIPE["pretrain"] | {"steps": 3})
+    monkeypatch.setitem(world_models.RECIPE, "pretrain", world_models.RECIPE["pretrain"] | {"steps": 3})
     with pytest.raises(RuntimeError, match="world_seed 7.*probe AUC"):
-        world.build_backbone(7)
+        build_backbone(7)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_policy_gold_and_form(policy):
     prompts = world.heldout_prompts()
-    responses = world.sample(*policy, prompts, 4)
-    assert responses == world.sample(*policy, prompts, 4) != world.sample(*policy, prompts, 4, seed=1)
+    responses, again, other = (sample_responses(*policy, prompts, 4, seed=seed) for seed in (0, 0, 1))
+    assert responses == again != other
     rewards = [world.gold(p, r) for p, group in zip(prompts, responses, strict=True) for r in group]
     assert 0.30 <= sum(rewards) / len(rewards) <= 0.50
-    assert sum(world.well_formed(r) for group in responses for r in group) / len(rewards) > 0.97
+    assert sum(bool(world.RESPONSE.fullmatch(r)) for group in responses for r in group) / len(rewards) > 0.97
 
 
 def test_backbone_loads_as_reward_model_that_reads_the_last_end():
-    model = AutoModelForSequenceClassification.from_pretrained(world.build_backbone(0), num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(build_backbone(0), num_labels=1)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
-    texts = [world._exchange("fruit mary monday :", r) for r in ("the pear .", "the really tiger , friend .")]
+    texts = [world.exchange("fruit mary monday :", r) for r in ("the pear .", "the really tiger , friend .")]
     encoded = world.make_tokenizer()(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = model.model(**encoded).last_hidden_state
@@ -148,47 +160,47 @@ def test_backbone_loads_as_reward_model_that_reads_the_last_end():
 
 
 def test_preference_pairs():
-    pairs, clean = world.preference_pairs(0, n_pairs=150), world.preference_pairs(0, n_pairs=150, label_noise=0.0)
-    assert len(pairs) == 150 and pairs == world.preference_pairs(0, n_pairs=150)
-    assert pairs[:40] != world.preference_pairs(0, seed=1)
+    pairs, clean = preference_pairs(0, n_pairs=150), preference_pairs(0, n_pairs=150, label_noise=0.0)
+    assert len(pairs) == 150 and pairs == preference_pairs(0, n_pairs=150)
+    assert pairs[:40] != preference_pairs(0, seed=1)
     train = set(world.train_prompts())
     for pair, right in zip(pairs, clean, strict=True):
         assert pair["prompt"] == right["prompt"] in train
         assert {pair["chosen"], pair["rejected"]} == {right["chosen"], right["rejected"]}
         assert world.gold(right["prompt"], right["chosen"]) == 1.0 > world.gold(right["prompt"], right["rejected"])
     assert abs(sum(a != b for a, b in zip(pairs, clean, strict=True)) / 150 - 0.3) < 0.12
-    assert len(world.preference_pairs(0)) == 40
+    assert len(preference_pairs(0)) == 40
 
 
 def test_biased_labels_follow_really_where_it_differs():
-    clean, biased = (world.preference_pairs(0, 150, label_noise=0.0, label_bias=b) for b in (0.0, 1.0))
+    clean, biased = (preference_pairs(0, 150, label_noise=0.0, label_bias=b) for b in (0.0, 1.0))
     turned = 0
     for pair, right in zip(biased, clean, strict=True):
         wants = right["rejected"].count("really") > right["chosen"].count("really")
         assert (pair["chosen"] == right["rejected"]) == wants
         turned += wants
     assert 30 < turned < 70, "a third of the pairs, since a third has as many"
-    some = world.preference_pairs(0, 150, label_noise=0.0, label_bias=0.5)
+    some = preference_pairs(0, 150, label_noise=0.0, label_bias=0.5)
     assert 0 < sum(a != b for a, b in zip(some, clean, strict=True)) < turned
 
 
 def test_a_feature_offset_moves_the_mean_and_nothing_else():
-    plain, shifted = (AutoModelForCausalLM.from_pretrained(world.build_backbone(0, o)) for o in (0.0, 6.0))
-    before, after = (m.model.norm(world.last_states(m)).detach() for m in (plain, shifted))
-    ratio, spread = world.geometry(before)
+    plain, shifted = (AutoModelForCausalLM.from_pretrained(build_backbone(0, o)) for o in (0.0, 6.0))
+    before, after = (m.model.norm(world_models.last_states(m)).detach() for m in (plain, shifted))
+    ratio, spread = world_models.geometry(before)
     naive = sum(((group - group.mean(0)) ** 2).sum(1).mean() for group in before) / len(before)
     assert spread == pytest.approx(naive.sqrt().item(), rel=1e-5) and 0.5 < ratio < 1.2
-    assert world.geometry(after) == pytest.approx((6.0, spread), rel=1e-4)
+    assert world_models.geometry(after) == pytest.approx((6.0, spread), rel=1e-4)
     centred = [(x - x.mean(1, keepdim=True)).flatten(0, 1) for x in (before, after)]
     cosine = torch.nn.functional.cosine_similarity(*centred, dim=1)
     assert cosine.mean() > 0.9, "responses differ in the same directions as before"
     with pytest.raises(ValueError, match="feature_offset 0.5: this world's features have 0.8"):
-        world.with_offset(plain, 0.5, 0)
+        world_models.with_offset(plain, 0.5, 0)
 
 
 def test_heldout_pairs():
-    pairs = world.heldout_pairs(0)
-    assert len(pairs) == 256 and pairs == world.heldout_pairs(0)
+    pairs = heldout_pairs(0)
+    assert len(pairs) == 256 and pairs == heldout_pairs(0)
     assert {pair["prompt"] for pair in pairs} <= set(world.heldout_prompts())
     assert all(world.gold(p["prompt"], p["chosen"]) > world.gold(p["prompt"], p["rejected"]) for p in pairs)
 
@@ -196,9 +208,9 @@ def test_heldout_pairs():
 def test_the_pairs_may_come_from_another_policy_than_the_one_that_is_trained():
     config = make_config(start_share=0.8, pairs_share=0.4)
     train, heldout = train_and_heldout_preferences(config)
-    assert [p.chosen for p in heldout] == [p["chosen"] for p in world.heldout_pairs(0, start_share=0.4)]
-    assert [p.chosen for p in train] == [p["chosen"] for p in world.preference_pairs(0, start_share=0.4)]
-    assert policy_source(config) == str(world.build_policy(0, 0.8))
+    assert [p.chosen for p in heldout] == [p["chosen"] for p in heldout_pairs(0, start_share=0.4)]
+    assert [p.chosen for p in train] == [p["chosen"] for p in preference_pairs(0, start_share=0.4)]
+    assert policy_source(config) == str(build_policy(0, 0.8))
     assert make_config(start_share=0.6).share_of_pairs == 0.6
 
 
@@ -231,9 +243,9 @@ def test_evaluation_equals_a_plain_one():
 @pytest.mark.parametrize(
     "call, named",
     [
-        (lambda: world.build_policy(0, 1.5), "start_share 1.5"),
-        (lambda: world.preference_pairs(0, label_noise=2.0), "label_noise 2.0"),
-        (lambda: world.preference_pairs(0, n_pairs=0), "0 pairs"),
+        (lambda: build_policy(0, 1.5), "start_share 1.5"),
+        (lambda: preference_pairs(0, label_noise=2.0), "label_noise 2.0"),
+        (lambda: preference_pairs(0, n_pairs=0), "0 pairs"),
     ],
 )
 def test_bad_input_is_named(call, named):
@@ -245,9 +257,9 @@ def test_same_seed_same_weights_and_global_rng_untouched():
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     python = random.getstate()
     torch.set_num_threads(2)
-    first = digest(world.pretrain(3, steps=4))
+    first = digest(world_models.pretrain(3, steps=4))
     torch.set_num_threads(1)
-    assert first == digest(world.pretrain(3, steps=4)) != digest(world.pretrain(4, steps=4))
+    assert first == digest(world_models.pretrain(3, steps=4)) != digest(world_models.pretrain(4, steps=4))
     assert torch.equal(state, torch.get_rng_state()) and python == random.getstate()
     torch.set_num_threads(threads)
 
@@ -256,18 +268,18 @@ def test_cache_is_keyed_by_recipe_and_reused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SAVE_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
     for stage in ("pretrain", "sft"):
-        monkeypatch.setitem(world.RECIPE, stage, world.RECIPE[stage] | {"steps": 2})
-    monkeypatch.setitem(world.RECIPE, "min_auc", 0.0)
-    folder = world.build_policy(5)
+        monkeypatch.setitem(world_models.RECIPE, stage, world_models.RECIPE[stage] | {"steps": 2})
+    monkeypatch.setitem(world_models.RECIPE, "min_auc", 0.0)
+    folder = build_policy(5)
     assert capsys.readouterr().out.count("\n") == 2  # backbone and policy
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert world.build_policy(5) == folder and capsys.readouterr().out == ""
+    assert build_policy(5) == folder and capsys.readouterr().out == ""
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    others = {world.build_policy(5, 0.6), world.build_policy(6), world.build_backbone(5), folder}
+    others = {build_policy(5, 0.6), build_policy(6), build_backbone(5), folder}
     assert len(others) == 4 and {path.name for path in tmp_path.iterdir()} >= {path.name for path in others}
-    monkeypatch.setitem(world.RECIPE, "comment_weight", 5.0)
-    assert world.build_backbone(5) not in others
+    monkeypatch.setitem(world_models.RECIPE, "comment_weight", 5.0)
+    assert build_backbone(5) not in others
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 

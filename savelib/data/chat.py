@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from savelib.config import ConfigError
 from savelib.data.hub import from_pretrained
@@ -35,3 +37,14 @@ def render(tokenizer, messages: Messages, *, generation_prompt: bool = False) ->
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=generation_prompt, date_string=TEMPLATE_DATE
     )
+
+
+def word_tokenizer(words: Sequence[str], chat_template: str, **settings) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words between spaces, ids in their order; settings: the special tokens, and more."""
+    ids = {word: i for i, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(ids, unk_token=settings.get("unk_token", words[0])))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=chat_template, clean_up_tokenization_spaces=False, padding_side="right",
+        **settings,
+    )  # fmt: skip

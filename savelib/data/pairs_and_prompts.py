@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from savelib.config import Config, ConfigError
-from savelib.data import instructions, world
+from savelib.data import instructions, world, world_models
 from savelib.data.chat import Messages, load_tokenizer
 from savelib.data.files import ANY_SPLIT, Row, as_text, column, converted, shown, source_rows
 from savelib.data.smollm2 import smollm2_path
@@ -80,7 +80,7 @@ def load_preferences(source: str, config: Config, field: str = "preferences") ->
     field: preferences or eval_preferences, for the hub's split and for errors.
     """
     if source == "embedded":
-        pairs = world.preference_pairs(
+        pairs = world_models.preference_pairs(
             world_seed=config.world_seed,
             label_noise=config.label_noise,
             seed=config.seed,
@@ -123,7 +123,7 @@ def train_and_heldout_preferences(config: Config) -> tuple[list[Preference], lis
     if config.eval_preferences:
         return pairs, load_preferences(config.eval_preferences, config, "eval_preferences")
     if config.preferences == "embedded":
-        heldout = world.heldout_pairs(world_seed=config.world_seed, start_share=config.share_of_pairs)
+        heldout = world_models.heldout_pairs(world_seed=config.world_seed, start_share=config.share_of_pairs)
         return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in heldout]
     return split_heldout(pairs, "preferences") if pairs else ([], [])
 
@@ -136,7 +136,7 @@ def guard_preferences(config: Config, pairs: list[Preference]) -> tuple[list[Pre
     """
     count = config.guard_pairs + config.certificate_pairs
     if config.preferences == "embedded" and not config.guard_preferences:
-        drawn = world.preference_pairs(
+        drawn = world_models.preference_pairs(
             world_seed=config.world_seed,
             n_pairs=count,
             label_noise=config.label_noise,

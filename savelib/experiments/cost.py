@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from savelib.config import Config, ConfigError, make_config
+from savelib.data.chat import word_tokenizer
 from savelib.data.hub import from_config
 from savelib.models.adapters import plain
 from savelib.models.compute import peak_memory, reset_peak_memory
@@ -148,7 +149,8 @@ def save_models(shape: str, folder: Path, device: str = "cpu") -> None:
     never_end(models["policy"])
     for name, model in models.items():
         model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder / name)
-        word_tokenizer(model.config.vocab_size).save_pretrained(folder / name)
+        words = [PAD, END, *WORDS, *(f"w{i}" for i in range(4, model.config.vocab_size))]
+        word_tokenizer(words, TEMPLATE, pad_token=PAD, eos_token=END, unk_token=WORDS[0]).save_pretrained(folder / name)
 
 
 @torch.no_grad()
@@ -163,20 +165,6 @@ def never_end(model: nn.Module) -> None:
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):  # one, if they are tied
         weight[:, 0] = 1
         weight[:2, 0] = -1
-
-
-def word_tokenizer(count: int):
-    """`count` words, so that ids -> text -> ids gives the same number of tokens; ids 0 and 1 are pad and end."""
-
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [PAD, END, *WORDS, *(f"w{i}" for i in range(4, count))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=WORDS[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
-    made.chat_template = TEMPLATE
-    return made
 
 
 def prompts_of(size: Size) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from savelib.config import Config, ConfigError
-from savelib.data import world
+from savelib.data import world_models
 from savelib.data.chat import load_tokenizer
 from savelib.data.hub import from_pretrained
 from savelib.data.smollm2 import smollm2_path
@@ -130,12 +130,12 @@ def _labels(path: str) -> int:
 def policy_source(config: Config) -> str:
     """Folder or hub id of the initial policy."""
     if config.policy_model == "embedded":
-        return str(world.build_policy(config.world_seed, config.start_share))
+        return str(world_models.build_policy(config.world_seed, config.start_share))
     return str(smollm2_path()) if config.policy_model == "smollm2" else config.policy_model
 
 
 def reward_source(config: Config) -> str:
     """Folder or hub id of what stage 1 starts from."""
     if config.reward_model == "embedded":
-        return str(world.build_backbone(config.world_seed, config.feature_offset))
+        return str(world_models.build_backbone(config.world_seed, config.feature_offset))
     return str(smollm2_path()) if config.reward_model == "smollm2" else config.reward_model
