@@ -150,7 +150,7 @@ def save_models(shape: str, folder: Path, device: str = "cpu") -> None:
     for name, model in models.items():
         model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder / name)
         words = [PAD, END, *WORDS, *(f"w{i}" for i in range(4, model.config.vocab_size))]
-        word_tokenizer(words, TEMPLATE, pad_token=PAD, eos_token=END, unk_token=WORDS[0]).save_pretrained(folder / name)
+        word_tokenizer(words, TEMPLATE, pad_token=PAD, eos_token=END).save_pretrained(folder / name)
 
 
 @torch.no_grad()
