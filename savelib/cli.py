@@ -15,10 +15,6 @@ import yaml
 from savelib.config import Config, ConfigError, make_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-# nbconvert's page gives source listings in outputs the font of the text
-MONOSPACE = (
-    "<style>.jp-OutputArea-output .highlight pre { font-family: var(--jp-code-font-family, monospace); }</style>"
-)
 Profile = Annotated[str | None, typer.Option(help="tiny, smol, single_gpu or paper")]
 File = Annotated[Path | None, typer.Option("--config", help="YAML file of config fields")]
 Pairs = Annotated[list[str], typer.Option("--set", help="name=value of any config field; repeatable")]
@@ -131,12 +127,11 @@ def notebook(
     parameters: Annotated[list[str], typer.Option("-p", help="name=value, as papermill's -p; repeatable")] = [],  # noqa: B006
 ) -> None:
     """Run notebook 03 by papermill into a new run folder, with an HTML copy, and print what came out."""
-    import nbformat
     import papermill
-    from nbconvert import HTMLExporter
 
     from savelib.paths import runs_dir
     from savelib.runs.folder import new_run_id, refuse_existing
+    from savelib.show.page import export
 
     try:
         values = _values(parameters)
@@ -156,8 +151,7 @@ def notebook(
         fail(f"the notebook stopped; it is {out}")
     finally:
         if out.exists():
-            html, _ = HTMLExporter().from_notebook_node(nbformat.read(out, 4))
-            out.with_suffix(".html").write_text(html.replace("</head>", MONOSPACE + "</head>", 1), encoding="utf-8")
+            export(out)
     print(summary(folder))
     print(f"\nlook at   {out.with_suffix('.html')}\nfiles in  {folder}")
 

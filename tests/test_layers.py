@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "savelib"
 FLOORS = [  # lowest first; parts of one floor do not import each other
-    {"method", "paths", "processes", "progress"},
+    {"method", "paths", "processes", "progress", "show"},
     {"config"},
     {"data"},
     {"models"},

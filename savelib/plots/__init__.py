@@ -1,0 +1,36 @@
+"""Figures, drawn from files and tensors by matplotlib. One style; axes say which way is better.
+
+Every function draws into a given Axes (or the current one) and returns it.
+"""
+
+from savelib.plots.formulas import (
+    bt_curve,
+    by_threshold,
+    calibration,
+    epoch_losses,
+    filtered_groups,
+    forces_by_share,
+    kept_over_time,
+    margin_histogram,
+    pushes,
+    thresholds,
+    value_against_reward,
+)
+from savelib.plots.runs import (
+    change_dots,
+    intervals,
+    lines,
+    metric,
+    push_against_success,
+    sample_rewards,
+)
+from savelib.plots.studies import cell_colours, course, over_worlds, paired_differences, verdict_dots
+from savelib.plots.style import PAPER, use_style
+from savelib.show.colours import COLOURS, LINES
+
+__all__ = [
+    "COLOURS", "LINES", "PAPER", "bt_curve", "by_threshold", "calibration", "cell_colours", "change_dots", "course",
+    "epoch_losses", "filtered_groups", "forces_by_share", "intervals", "kept_over_time", "lines", "margin_histogram",
+    "metric", "over_worlds", "paired_differences", "push_against_success", "pushes", "sample_rewards", "thresholds",
+    "use_style", "value_against_reward", "verdict_dots",
+]  # fmt: skip

@@ -1,0 +1,105 @@
+"""Figures of studies: differences between cells, their courses, a condition over many runs."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from savelib.analysis import axis_label
+from savelib.plots.style import nothing_to_show, plain
+from savelib.show.colours import COLOURS
+
+
+def paired_differences(table: pd.DataFrame, ax: plt.Axes | None = None, colour: object = "#333333") -> plt.Axes:
+    """Differences to a reference, a row a cell; filled: resolved, hollow: not.
+
+    table: by cell, difference (nan: nothing is drawn), low and high (nan: no interval), resolved (bool).
+    """
+    ax = ax or plt.gca()
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    for row, cell in enumerate(table.itertuples()):
+        if math.isnan(cell.difference):
+            continue
+        if not math.isnan(cell.low):
+            ax.plot([cell.low, cell.high], [row, row], color=colour, linewidth=1.5, solid_capstyle="butt")
+        face = colour if cell.resolved else "white"
+        ax.plot(cell.difference, row, "o", color=colour, markerfacecolor=face, markersize=6, markeredgewidth=1.5)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set(yticks=range(len(table)), yticklabels=plain(list(table.index)), ylim=(len(table) - 0.4, -0.6))
+    return ax
+
+
+def cell_colours(rules: dict[str, str]) -> dict[str, object]:
+    """cell -> colour: its rule's for the first cell of a rule, colours of their own for the others."""
+    others, found = iter(sns.color_palette("Dark2")), {}
+    for cell, rule in rules.items():
+        found[cell] = next(others) if COLOURS[rule] in found.values() else COLOURS[rule]
+    return found
+
+
+def course(
+    courses: pd.DataFrame, measure: str, colours: dict[str, object], start: str, ax: plt.Axes | None = None
+) -> plt.Axes:
+    """A measure over the steps, in points above the world's start: a line a cell of `colours`, band: standard error.
+
+    courses: a row a run and evaluation, with cell, world, step and the measure. The world's start is the first value
+    of the cell `start` there. The line is the mean over worlds; seeds of one world are averaged first.
+    """
+    ax = ax or plt.gca()
+    known = courses.dropna(subset=[measure]) if measure in courses else courses.iloc[:0]
+    starts = known[known["cell"] == start].groupby("world")[measure].first() if len(known) else {}
+    drawn = [cell for cell in colours if len(starts) and (known["cell"] == cell).any()]
+    for cell in drawn:
+        of = known[known["cell"] == cell]
+        above = 100 * (of[measure] - of["world"].map(starts))
+        table = of.assign(above=above).pivot_table(index="step", columns="world", values="above")  # [steps, worlds]
+        mean, error = table.mean(axis=1), table.sem(axis=1)
+        ax.plot(mean, color=colours[cell], linewidth=2, label=cell)
+        ax.fill_between(mean.index, mean - error, mean + error, color=colours[cell], alpha=0.1, linewidth=0)
+    ax.set(xlabel="step", ylabel=axis_label(measure, "points above the start: "))
+    return ax if drawn else nothing_to_show(ax)
+
+
+VERDICTS = {"holds": COLOURS["positive"], "fails": COLOURS["negative"], "not resolved": "0.6"}
+
+
+def verdict_dots(rows: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
+    """`theory.conditions` of one condition: a dot a run and step, coloured by its verdict; line: the median run.
+
+    The axis is linear near 0 and logarithmic outside.
+    """
+    ax = ax or plt.gca()
+    shift = rows.groupby(["world", "seed"]).ngroup()
+    shift -= shift.mean()
+    for name, colour in VERDICTS.items():
+        at = rows["verdict"] == name
+        place = rows.loc[at, "step"] + 0.9 * shift[at]
+        ax.errorbar(place, rows.loc[at, "value"], 1.96 * rows.loc[at, "standard_error"], fmt="o", color=colour,
+                    markersize=3, linewidth=0.8, label=name)  # fmt: skip
+    ax.plot(rows.groupby("step")["value"].median(), color="#333333", linewidth=1.5)
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    typical = max(rows["value"].abs().median(), 1e-6)
+    ax.set_yscale("symlog", linthresh=10 ** round(math.log10(typical)))
+    ax.set(xlabel="step", xticks=sorted(rows["step"].unique()))
+    return ax
+
+
+def over_worlds(
+    courses: pd.DataFrame, measure: str, colours: dict[str, object], ax: plt.Axes | None = None
+) -> plt.Axes:
+    """A measure as it is over the steps, a line a cell of `colours`: mean over the worlds, band: lowest to highest.
+
+    courses: a row a run and evaluation, with cell, world, step and the measure. Seeds of a world are averaged first.
+    """
+    ax = ax or plt.gca()
+    known = courses.dropna(subset=[measure]) if measure in courses else courses.iloc[:0]
+    drawn = [cell for cell in colours if (known["cell"] == cell).any()]
+    for cell in drawn:
+        table = known[known["cell"] == cell].pivot_table(index="step", columns="world", values=measure)
+        ax.plot(table.mean(axis=1), color=colours[cell], linewidth=2, label=cell)
+        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colours[cell], alpha=0.12, linewidth=0)
+    ax.set(xlabel="step", ylabel=axis_label(measure))
+    return ax if drawn else nothing_to_show(ax)

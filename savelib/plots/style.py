@@ -1,0 +1,40 @@
+"""The look of all figures."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+
+from savelib.show.text import visible
+
+PAPER = {"color": "0.55", "linestyle": "--", "linewidth": 1}  # how the paper's value is drawn
+
+
+def use_style() -> None:
+    """Set the workbook's look for all following figures."""
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    plt.rcParams.update(
+        {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (6, 3.4)}
+        | {"axes.titlelocation": "left", "axes.titlesize": "medium", "axes.titlepad": 8}
+    )
+
+
+def name_ends(ax: plt.Axes, ends: list[tuple[float, str, object]]) -> None:
+    """Write the name of each line (its last y, name, colour) to the right of the axes, moved apart where they meet."""
+    low, high = ax.get_ylim()
+    gap = 0.085 * (high - low)
+    places: list[float] = []
+    for y, name, colour in sorted(ends, key=lambda end: end[0]):
+        places.append(max(y, places[-1] + gap) if places else y)
+        ax.text(1.01, places[-1], name, color=colour, va="center", fontsize="small", transform=ax.get_yaxis_transform())
+
+
+def plain(texts: list[str]) -> list[str]:
+    """Texts of models as labels: on one line, and no `$` that matplotlib would take for mathematics."""
+    return [" ".join(visible(text).split()).replace("$", r"\$") for text in texts]
+
+
+def nothing_to_show(ax: plt.Axes) -> plt.Axes:
+    ax.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=ax.transAxes, color="0.5")
+    ax.set(xticks=[], yticks=[])
+    return ax

@@ -1,0 +1,44 @@
+"""Pieces of a notebook as HTML: tables of models' text, what unfolds, listings of our own source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import HTML
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from savelib.show.text import escaped
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def table(frame: pd.DataFrame) -> HTML:
+    """A table whose texts come from models or files: every text is shown as it is."""
+    shown = frame.rename(index=_text, columns=_text).map(_text)
+    with pd.option_context("display.max_colwidth", None, "display.max_rows", None, "display.max_columns", None):
+        return HTML(f'<div style="overflow-x:auto">{shown.to_html(escape=False)}</div>')
+
+
+def folded(title: str, *parts: pd.DataFrame | HTML, open: bool = False) -> HTML:
+    """Tables or HTML that unfold at a click on the title."""
+    inside = "".join(part.data if isinstance(part, HTML) else table(part).data for part in parts)
+    return HTML(f"<details{' open' * open}><summary>{escaped(title)}</summary>{inside}</details>")
+
+
+def listing(thing: Callable, open: bool = False) -> HTML:
+    """The source of a function or class as it runs, with the place of its file; it unfolds at a click."""
+    file = Path(inspect.getsourcefile(thing)).resolve()
+    place = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
+    # colours in the tags: a page's or a front end's style sheet is not needed
+    code = highlight(inspect.getsource(thing), PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True))
+    return folded(f"{thing.__name__}, from {place}", HTML(f'<div style="overflow-x:auto">{code}</div>'), open=open)
+
+
+def _text(value: object) -> object:
+    """Numbers stay as they are, so that pandas formats them; all else is text."""
+    return value if pd.api.types.is_number(value) else escaped(str(value))
