@@ -14,7 +14,7 @@ FLOORS = [  # lowest first; parts of one floor do not import each other
     {"training", "benchmarks"},
     {"runs"},
     {"analysis"},
-    {"plots", "experiments"},
+    {"plots", "experiments", "trl"},
     {"cli"},
     {"__main__"},
 ]
