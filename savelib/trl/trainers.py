@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset, IterableDataset
-from packaging.version import Version
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import deepspeed
@@ -41,7 +40,7 @@ from savelib.training.trainer import load_data
 from savelib.trl.files import loaded_side, save_side
 from savelib.trl.settings import MEAN_OVER_ROWS, grpo_args, refuse_inexact, rloo_args, whole_config
 
-if Version(trl.__version__) < Version("1.6"):
+if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 6):
     raise ImportError(f"savelib.trl needs trl>=1.6, where a reward of None is left out; found {trl.__version__}")
 
 
