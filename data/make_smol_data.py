@@ -9,21 +9,25 @@ import json
 import sys
 import time
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from savelib.config import make_config
 from savelib.data.instructions import gold, make_prompts
-from savelib.data.smollm2 import smollm2_path
+from savelib.data.pairs_and_prompts import Prompt
+from savelib.models.compute import pick_device, seed_everything
+from savelib.models.loading import load_policy, policy_source
+from savelib.models.rollout import sample as sample_responses
 
 FOLDER = Path(__file__).parent
 SEED = 0
-N_PREFERENCE, N_RL, N_HELDOUT = 160, 128, 48  # prompts, all different
-RESPONSES = 4  # sampled for each preference and each held-out prompt
-PAIRS = 2  # at most, of one prompt
-PROMPTS_AT_ONCE = 8
-SAMPLING = dict(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=32)
+# Constraints that a linear probe on SmolLM2's hidden states can tell to be fulfilled or not; data/README.md has all.
+READABLE = ("question", "digits", "sentences", "max_words", "list_items", "min_words", "exclamation")
+# Prompts, all different: pairs of stage 1, RL, gold, held-out pairs
+PROMPTS = {"preferences": 150, "prompts": 300, "heldout_prompts": 200, "heldout_preferences": 350}
+RESPONSES = 6  # sampled for each prompt that pairs are made of
+PAIRS = 3  # at most, of one prompt
+PROMPTS_AT_ONCE = 16
 
 Samples = list[tuple[str, bool]]  # response, whether it ended its turn
 
@@ -33,51 +37,50 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
     force = parser.parse_args().force
 
-    prompts = make_prompts(N_PREFERENCE + N_RL + N_HELDOUT, SEED)
-    for_pairs, for_rl, heldout = prompts[:N_PREFERENCE], prompts[N_PREFERENCE:-N_HELDOUT], prompts[-N_HELDOUT:]
-    names = ["smol_prompts", "smol_heldout_prompts", "smol_preferences", "smol_heldout_preferences"]
-    files = [FOLDER / f"{name}.jsonl" for name in names]
-    if not force and (there := [str(f) for f in files if f.exists()]):
+    files = {name: FOLDER / f"smol_{name}.jsonl" for name in PROMPTS}
+    if not force and (there := [str(f) for f in files.values() if f.exists()]):
         sys.exit(f"already there: {', '.join(there)}; --force overwrites")
 
-    sampled = for_pairs + heldout
+    rows = prompts_of_files()
+    paired = [name for name in rows if name.endswith("preferences")]
+    sampled = [row for name in paired for row in rows[name]]
     samples = sample(sampled)
     report(sampled, samples)
-    pairs, heldout_pairs = make_pairs(for_pairs, samples), make_pairs(heldout, samples[N_PREFERENCE:])
-    for file, rows in zip(files, (for_rl, heldout, pairs, heldout_pairs), strict=True):
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        print(f"{file.name}: {len(rows)} rows, {file.stat().st_size / 1000:.0f} kB")
+    for name in paired:
+        count = len(rows[name])
+        rows[name], samples = make_pairs(rows[name], samples[:count]), samples[count:]
+    for name, file in files.items():
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]), encoding="utf-8")
+        print(f"{file.name}: {len(rows[name])} rows, {file.stat().st_size / 1000:.0f} kB")
 
 
-@torch.inference_mode()
+def prompts_of_files() -> dict[str, list[dict]]:
+    """The prompts that each file is made of, by its name in PROMPTS."""
+    prompts = iter(make_prompts(sum(PROMPTS.values()), SEED, READABLE))
+    return {name: list(islice(prompts, count)) for name, count in PROMPTS.items()}
+
+
 def sample(prompts: list[dict]) -> list[Samples]:
-    """RESPONSES samples for each prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path(), padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(smollm2_path()).eval()
-    torch.manual_seed(SEED)
+    """RESPONSES samples for each prompt, with the sampling of profile smol."""
+    config = make_config(profile="smol")
+    policy, tokenizer = load_policy(policy_source(config), pick_device("cpu", threads=1))
     samples: list[Samples] = []
-    tokens, start = 0, time.perf_counter()
+    start = time.perf_counter()
     for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-        chats = [[{"role": "user", "content": row["prompt"]}] for row in prompts[first : first + PROMPTS_AT_ONCE]]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
-        outputs = model.generate(**inputs, **SAMPLING, num_return_sequences=RESPONSES)
-        completions = outputs[:, inputs["input_ids"].shape[1] :]  # [prompts * RESPONSES, T]
-        ended = (completions == tokenizer.eos_token_id).any(dim=1).tolist()
-        texts = [text.strip() for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
-        rows = list(zip(texts, ended, strict=True))
-        samples += [rows[i : i + RESPONSES] for i in range(0, len(rows), RESPONSES)]
-        tokens += int((completions != tokenizer.pad_token_id).sum())  # a count for the eye only
-        seconds = time.perf_counter() - start
-        print(f"{len(samples)}/{len(prompts)} prompts, {seconds:.0f} s, {tokens / seconds:.0f} tokens/s", flush=True)
+        rows = prompts[first : first + PROMPTS_AT_ONCE]
+        batch = [Prompt(row["id"], [{"role": "user", "content": row["prompt"]}]) for row in rows]
+        seed_everything("smol data", SEED, first)
+        rollout = sample_responses(policy, tokenizer, batch, RESPONSES, config)
+        for texts, ended in zip(rollout.texts, rollout.finished.tolist(), strict=True):
+            samples.append([(text.strip(), end) for text, end in zip(texts, ended, strict=True)])
+        print(f"{len(samples)}/{len(prompts)} prompts, {time.perf_counter() - start:.0f} s", flush=True)
     return samples
 
 
 def make_pairs(prompts: list[dict], samples: list[Samples]) -> list[dict]:
     """Up to PAIRS pairs for each prompt among the different responses that ended their turn."""
     pairs = []
-    for row, responses in zip(prompts, samples, strict=False):
+    for row, responses in zip(prompts, samples, strict=True):
         texts = list(dict.fromkeys(text for text, ended in responses if ended and text))
         passed = [text for text in texts if gold(row["checks"], text)]
         failed = [text for text in texts if not gold(row["checks"], text)]

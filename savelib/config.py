@@ -69,10 +69,11 @@ class Config(BaseModel):
     eval_prompts: int = _field(64, "ours", "held-out prompts of an evaluation", ge=1)
     device: str = _field("auto", "ours", "auto, cpu, cuda or cuda:N")
     threads: int = _field(0, "ours", "CPU threads; 0: all cores. Tiny models are faster on one", ge=0, le=1024)
-    precision: Literal["float32", "bfloat16"] = _field(
+    precision: Literal["float32", "bfloat16", "bfloat16_cpu"] = _field(
         "bfloat16",
         "section 4.1",
-        "arithmetic on CUDA (autocast); weights are always held in float32; CPU computes in float32",
+        "arithmetic on CUDA (autocast); weights are always held in float32. A CPU computes in float32; with "
+        "bfloat16_cpu in bfloat16 too, if it has AVX512-BF16",
         stage=1,
     )
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = _field(
@@ -408,14 +409,15 @@ PROFILES: dict[str, dict[str, Any]] = {
     # SmolLM2-135M-Instruct, instructions whose fulfilment code can check
     "smol": _SMALL
     | dict(
-        policy_model="smollm2", reward_model="smollm2",
+        threads=1, precision="bfloat16_cpu",
+        policy_model="smollm2", reward_model="smollm2", policy_layers=10, reward_layers=16,
         preferences="data/smol_preferences.jsonl", prompts="data/smol_prompts.jsonl",
         eval_preferences="data/smol_heldout_preferences.jsonl", eval_prompts_source="data/smol_heldout_prompts.jsonl",
-        bt_epochs=3, bt_batch_size=8, bt_backbone_lr=1e-5, bt_head_lr=1e-3,
-        anchor_prompts=16, anchor_responses=8, anchor_lr=1e-3, anchor_epochs=10, anchor_batch_size=8,
-        total_steps=16, batch_size=4, group_size=6, backbone_lr=1e-6, reward_head_lr=1e-4, value_head_lr=1e-4,
-        policy_lr=1e-5, max_new_tokens=32, checkpoint_every=5, eval_every=0, eval_prompts=24, micro_batch_responses=6,
-        rollout_rows=32,
+        bt_epochs=10, bt_batch_size=8, bt_backbone_lr=0.0, bt_head_lr=1e-3,
+        anchor_prompts=48, anchor_responses=8, anchor_lr=1e-3, anchor_epochs=30, anchor_batch_size=8,
+        total_steps=30, batch_size=4, group_size=8, backbone_lr=0.0, reward_head_lr=3e-4, value_head_lr=1e-3,
+        policy_lr=2e-5, max_new_tokens=32, checkpoint_every=10, eval_every=15, eval_prompts=100, micro_batch_groups=8,
+        micro_batch_responses=16, rollout_rows=128, guard_pairs=40,
     ),
     # the paper's models and data on one GPU. Adapters want about ten times the learning rate of full weights
     "single_gpu": _ONE

@@ -102,15 +102,19 @@ def script() -> dict:
 
 
 def test_data_files_agree_with_the_script_and_the_checkers(script):
-    first, last = script["N_PREFERENCE"], script["N_PREFERENCE"] + script["N_RL"]
-    every = make_prompts(last + script["N_HELDOUT"], script["SEED"])
+    of = script["prompts_of_files"]()
+    assert {name: len(prompts) for name, prompts in of.items()} == script["PROMPTS"]
+    every = [row for prompts in of.values() for row in prompts]
+    assert len({row["prompt"] for row in every}) == len(every), "no two files have a prompt in common"
+    assert {check["kind"] for row in every for check in row["checks"]} == set(script["READABLE"])
     checks = {row["prompt"]: row["checks"] for row in every}
-    train, heldout = rows("smol_prompts.jsonl"), rows("smol_heldout_prompts.jsonl")
-    assert (train, heldout) == (every[first:last], every[last:])
-    for name, source in (("smol_preferences", every[:first]), ("smol_heldout_preferences", heldout)):
-        pairs = rows(f"{name}.jsonl")
-        prompt_of = {f"{row['id']}-{i}": row["prompt"] for row in source for i in range(script["PAIRS"])}
-        assert len({pair["id"] for pair in pairs}) == len(pairs) > 0
+    for name, prompts in of.items():
+        if name.endswith("prompts"):
+            assert rows(f"smol_{name}.jsonl") == prompts
+            continue
+        pairs = rows(f"smol_{name}.jsonl")
+        prompt_of = {f"{row['id']}-{i}": row["prompt"] for row in prompts for i in range(script["PAIRS"])}
+        assert len({pair["id"] for pair in pairs}) == len(pairs) > 100
         for pair in pairs:
             assert list(pair) == ["id", "prompt", "chosen", "rejected"] and pair["prompt"] == prompt_of[pair["id"]]
             assert gold(checks[pair["prompt"]], pair["chosen"]) == 1.0, pair
@@ -125,13 +129,6 @@ def test_script_pairs_only_whole_responses_and_overwrites_nothing(script, monkey
     monkeypatch.setattr("sys.argv", ["make_smol_data.py"])
     with pytest.raises(SystemExit, match="already there: .*--force"):
         script["main"]()
-
-
-def test_training_preference_and_heldout_prompts_are_disjoint():
-    names = ("smol_prompts", "smol_preferences", "smol_heldout_prompts")
-    train, pairs, heldout = ({row["prompt"] for row in rows(f"{name}.jsonl")} for name in names)
-    assert not train & pairs and not train & heldout and not pairs & heldout
-    assert {row["prompt"] for row in rows("smol_heldout_preferences.jsonl")} <= heldout
 
 
 @pytest.mark.skipif(

@@ -28,6 +28,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "filter/valid_prompts": ("share of prompts with both sides, eq. 17", ""),
     "value/mean": ("mean prompt value V of the batch", ""),
     "value/error": ("|V - mean R| of the batch", "lower"),
+    "value/lag": ("mean of V - mean R of a group, in spreads of R within a group", ""),
     "value/loss": ("lambda_V L_V, eq. 21", "lower"),
     "force/pull": ("A: force on the positives, up", ""),
     "force/push": ("D: force on the negatives, down", ""),

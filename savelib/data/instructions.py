@@ -184,20 +184,20 @@ def gold(checks: list[dict], response: str) -> float:
     return float(all(kind.holds(response, *argument) for kind, argument in zip(kinds, arguments, strict=True)))
 
 
-def make_prompts(n: int, seed: int) -> list[dict]:
+def make_prompts(n: int, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> list[dict]:
     """`n` different prompts as rows {"id", "prompt", "checks": [{"kind", argument}]}; the same for the same seed.
 
-    Two thirds of them carry one constraint, one third two. Slices of one call are disjoint.
-    Raises ValueError unless 0 < n <= 10000; the tables above make far more than that.
+    Two thirds of them carry one constraint, one third two. Slices of one call are disjoint. kinds: those to draw from.
+    Raises ValueError unless 0 < n <= 10000; all kinds of the tables above make far more than that.
     """
     if not 0 < n <= 10_000:
         raise ValueError(f"n={n}: ask for 1 to 10000 prompts")
     rng = random.Random(seed)
     prompts: dict[str, list[dict]] = {}
     while len(prompts) < n:
-        first = rng.choice(list(KINDS))
+        first = rng.choice(kinds)
         task = rng.choice(KINDS[first].tasks)
-        others = [name for name, k in KINDS.items() if task in k.tasks and k.topic != KINDS[first].topic]
+        others = [k for k in kinds if task in KINDS[k].tasks and KINDS[k].topic != KINDS[first].topic]
         names = [first, rng.choice(others)] if others and rng.random() < PAIRED else [first]
         checks = [_draw(name, rng) for name in names]
         prompt = f"{rng.choice(TASKS[task]).format(topic=rng.choice(TOPICS))} {describe(checks)}"

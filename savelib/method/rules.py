@@ -140,4 +140,7 @@ RULES: dict[str, Rule] = {
         backbone=False,
     ),
     "frozen": Rule("the reward model never moves: plain RL"),
+    "frozen_filtered": Rule(
+        "ours: the reward model never moves, but V does, and SAVE's filter chooses who teaches the policy", "value"
+    ),
 }

@@ -58,13 +58,28 @@ def pick_device(name: str, threads: int = 0) -> torch.device:
 
 
 def in_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether linear layers and attention compute in bfloat16: on CUDA when asked for; never on CPU."""
-    return device.type == "cuda" and precision == "bfloat16"
+    """Whether linear layers and attention compute in bfloat16: CUDA unless float32, a CPU if asked to and if it can."""
+    if device.type == "cuda":
+        return precision != "float32"
+    return precision == "bfloat16_cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bfloat16 arithmetic where `in_bfloat16` says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, precision))
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, the weights are rounded to bfloat16: autocast would round all of them again for each token."""
+    whole = [p.data for p in model.parameters()] if on else []
+    try:
+        for parameter, data in zip(model.parameters(), whole, strict=False):
+            parameter.data = data.bfloat16()
+        yield
+    finally:
+        for parameter, data in zip(model.parameters(), whole, strict=False):
+            parameter.data = data
 
 
 @contextlib.contextmanager

@@ -224,8 +224,9 @@ class Scorer(nn.Module):
         return rewards, hidden[torch.arange(len(ids), device=ids.device), ends]
 
     def reward(self, last: Tensor) -> Tensor:
-        """h_phi: the rewards [N] of last hidden states [N, H]."""
-        return plain(self.model).score(last).squeeze(-1)
+        """h_phi: the rewards [N] of last hidden states [N, H], never in bfloat16: differences in a group can be small."""
+        with torch.autocast(last.device.type, enabled=False):
+            return plain(self.model).score(last).squeeze(-1)
 
     def states(
         self, ids: Tensor, lengths: Tensor, ends: Tensor, prefixes: tuple[Tensor, Tensor, Tensor] | None = None

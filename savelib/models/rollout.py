@@ -15,7 +15,7 @@ from transformers import (
 from savelib.config import Config, ConfigError
 from savelib.data.chat import render
 from savelib.data.pairs_and_prompts import Prompt
-from savelib.models.compute import autocast, is_recomputing, recomputing
+from savelib.models.compute import autocast, in_bfloat16, is_recomputing, recomputing, rounded
 from savelib.models.prefix import forward_prefixes, forward_suffixes, left_mask, shares_prefixes, with_room
 from savelib.processes import largest, share
 
@@ -108,7 +108,8 @@ def sample(
     count = len(prompts) * group_size  # N
     uniforms = torch.rand(count, config.max_new_tokens) if uniforms is None else uniforms
     chunks = []
-    with autocast(device, config.precision):
+    on_cpu = device.type == "cpu" and in_bfloat16(device, config.precision)
+    with autocast(device, config.precision), rounded(model, on_cpu):
         for rows in torch.arange(count, device=device).split(config.rollout_rows):
             groups, of = torch.unique(rows // group_size, return_inverse=True)
             numbers = uniforms[rows.cpu()].to(device)

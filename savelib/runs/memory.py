@@ -140,7 +140,7 @@ def training_bytes(m: Sizes, c: Config, gpus: int) -> dict[str, float]:
     out = {"weights": 4 * m.total, "gradients": 4 * trained, "kept": 0, "buffers": 0, "gathered": 0, "cpu": 0}
     out |= {"optimizer": adamw_bytes(tensors), "step": 4 * trained}  # AdamW takes all roots of second moments at once
     if c.lora_rank:
-        width = 2 if c.precision == "bfloat16" else 4
+        width = 4 if c.precision == "float32" else 2
         out["weights"] = (m.nf4(width) if c.load_in_4bit else width * m.total) + 4 * trained
     if c.optimizer != "adamw":
         out |= {"optimizer": adamw_bytes(tensors, eight_bit=True), "step": 0}
@@ -208,7 +208,7 @@ def fields_of(config: Config, setting: str, checkpointing: bool) -> dict[str, An
 
 
 def _row(c: Config, policy: Sizes, reward: Sizes, gpus: int) -> dict[str, Any]:
-    half, rank, mine = c.precision == "bfloat16", c.lora_rank, c.batch_size // gpus * c.group_size
+    half, rank, mine = c.precision != "float32", c.lora_rank, c.batch_size // gpus * c.group_size
     prompt, new = min(c.max_prompt_tokens, PROMPT_TOKENS), c.max_new_tokens
     sampled = min(c.rollout_rows, mine)
     shape = (prompt, new, half, rank, c.gradient_checkpointing)

@@ -88,6 +88,7 @@ def describe(before: Feedback, after: Feedback, responses: Responses) -> dict[st
         "filter/valid_prompts": part.valid.float().mean().item(),
         "value/mean": before.anchors.mean().item(),
         "value/error": (before.anchors - before.rewards.mean(1)).abs().mean().item(),
+        "value/lag": ((before.anchors - before.rewards.mean(1)).mean() / before.rewards.std(1).mean()).item(),
     }
     if part.valid.any():
         out |= {"force/pull": pull[part.valid].mean().item(), "force/push": push[part.valid].mean().item()}
