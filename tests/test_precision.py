@@ -40,9 +40,7 @@ def test_rounded_weights_come_back_bit_for_bit():
 
 
 def test_a_step_in_bfloat16_keeps_float32_weights_and_rewards(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        torch.cpu, "_is_avx512_bf16_supported", lambda: True
-    )  # without it torch computes the same slowly
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # where it is not, slowly
     base = paper_run(tmp_path) | dict(anchor_prompts=4, total_steps=2, batch_size=2, group_size=4, tracker="none")
     found = {}
     for precision in ("float32", "bfloat16_cpu"):

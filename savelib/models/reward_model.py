@@ -224,9 +224,10 @@ class Scorer(nn.Module):
         return rewards, hidden[torch.arange(len(ids), device=ids.device), ends]
 
     def reward(self, last: Tensor) -> Tensor:
-        """h_phi: the rewards [N] of last hidden states [N, H], never in bfloat16: differences in a group can be small."""
+        """h_phi: the rewards [N] of last hidden states [N, H], without autocast: bfloat16 would round them to 1/128."""
+        head = plain(self.model).score
         with torch.autocast(last.device.type, enabled=False):
-            return plain(self.model).score(last).squeeze(-1)
+            return head(last.to(next(head.parameters()).dtype)).squeeze(-1)
 
     def states(
         self, ids: Tensor, lengths: Tensor, ends: Tensor, prefixes: tuple[Tensor, Tensor, Tensor] | None = None
