@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -32,13 +32,48 @@ def load_policy(
     tokenizer = load_tokenizer(source, "policy_model")
     whole = trained is not None and (trained / "config.json").is_file()
     settings = base_settings(config, device) if config else {"dtype": torch.float32}
-    model = from_pretrained(
-        AutoModelForCausalLM, str(trained) if whole else source, "policy_model", use_safetensors=True, **settings
-    )
+    model, missing = _loaded(AutoModelForCausalLM, str(trained) if whole else source, "policy_model", settings)
+    if missing:
+        raise ConfigError(
+            f"policy_model = {source!r} lacks weights that a causal language model needs: {_names(missing)}; give a "
+            "policy's folder, not a reward model's"
+        )
+    _check_tokenizer(tokenizer, model, f"policy_model = {source!r}")
     model = model.eval() if "device_map" in settings else model.to(device).eval()
     if config and config.policy_layers:
         _train_last_layers(model, config)
     return with_adapters(model, config, "CAUSAL_LM", trained) if config else model, tokenizer
+
+
+def _loaded(kind: type, source: str, field: str, settings: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """(the model, weights that its files lack). ConfigError names weights of another shape or with a nan or inf."""
+    model, info = from_pretrained(
+        kind, source, field, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise ConfigError(
+            f"{field} = {source!r}: {name} has the shape {list(found)} in its files, and {list(wanted)} by its "
+            "config.json (vocab_size, hidden_size, ...); give config and weights of one model"
+        )
+    odd = [n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
+    if odd and not set(odd) <= info["missing_keys"]:
+        raise ConfigError(f"{field} = {source!r} holds weights that are not finite: {_names(odd)}; get it again")
+    return model, sorted(info["missing_keys"])
+
+
+def _names(weights: list[str]) -> str:
+    return ", ".join(weights[:3]) + (f" and {len(weights) - 3} others" if len(weights) > 3 else "")
+
+
+def _check_tokenizer(tokenizer: Any, model: nn.Module, said: str) -> None:
+    """Raise ConfigError for a tokenizer that is larger than the embeddings. A few added tokens may lie beyond them."""
+    rows = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.vocab_size - 1, tokenizer.pad_token_id or 0) >= rows:
+        raise ConfigError(
+            f"{said}: its tokenizer has {len(tokenizer)} tokens, but the model has embeddings of {rows} (vocab_size); "
+            "put the tokenizer beside it that it was trained with"
+        )
 
 
 def _train_last_layers(model: nn.Module, config: Config) -> None:
@@ -82,10 +117,10 @@ def load_reward_model(
     trained = Path(trained) if trained else None
     path = resolve(str(trained) if trained and (trained / "config.json").is_file() else source)
     settings = base_settings(config, device)
-    exact = settings | {"dtype": torch.float32, "num_labels": _labels(path), "output_loading_info": True}
-    model, info = from_pretrained(
-        AutoModelForSequenceClassification, path, "reward_model", use_safetensors=True, **exact
-    )
+    exact = settings | {"dtype": torch.float32, "num_labels": _labels(path)}
+    model, missing = _loaded(AutoModelForSequenceClassification, path, "reward_model", exact)
+    _new_head(model, missing, config, source)
+    _check_tokenizer(tokenizer, model, f"reward_model = {source!r}")
     for p in model.base_model.parameters():  # `model.to` would round the tables of rotations too
         p.data = p.data.to(settings["dtype"]) if p.is_floating_point() else p.data
     if config.reward_layers:
@@ -99,25 +134,44 @@ def load_reward_model(
         )
     if model.config.get_text_config().pad_token_id is None and tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if any("score" in key or "classifier" in key for key in info["missing_keys"]):
-        backbone = {id(p) for p in model.base_model.parameters()}
-        for parameter in model.parameters():
-            if id(parameter) not in backbone:
-                nn.init.zeros_(parameter)
     model = model if config.load_in_4bit else model.to(device)
     model = with_adapters(model.eval(), config, "SEQ_CLS", trained)
     rm = RewardModel(model, tokenizer, value_head=config.value_head, value_position=config.value_position)
     head_file = (trained or Path(path)) / VALUE_HEAD_FILE
     if head_file.is_file():
-        with safe_open(head_file, "pt") as f:
-            made = json.loads((f.metadata() or {}).get("made_with", "{}"))
-        wanted = {"value_head": config.value_head, "value_position": config.value_position}
-        if made != wanted:
-            raise ConfigError(
-                f"{head_file}: its value head was made with {made or 'other code'}, this run asks for {wanted}"
-            )
-        rm.value_head.load_state_dict(load_file(head_file))
+        _load_value_head(rm, head_file, config)
     return rm
+
+
+def _new_head(model: nn.Module, missing: list[str], config: Config, source: str) -> None:
+    """Zeros for a reward head that the files lack, if stage 1 trains it. Raises ConfigError for all else they lack."""
+    backbone = {id(p) for p in model.base_model.parameters()}
+    head = [name for name, p in model.named_parameters() if id(p) not in backbone]
+    if missing and (not set(missing) <= set(head) or not config.bt_epochs):
+        raise ConfigError(
+            f"reward_model = {source!r} lacks weights: {_names(missing)}; give a reward model's folder, or, for a "
+            f"causal language model, bt_epochs of at least 1 (here {config.bt_epochs}), which train a new reward head"
+        )
+    for name in missing:
+        nn.init.zeros_(model.get_parameter(name))
+
+
+def _load_value_head(rm: RewardModel, file: Path, config: Config) -> None:
+    """Raises ConfigError for a file that is damaged, or made for another value head."""
+    wanted = {"value_head": config.value_head, "value_position": config.value_position}
+    try:
+        with safe_open(file, "pt") as opened:
+            made = json.loads((opened.metadata() or {}).get("made_with", "{}"))
+        weights = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{file} is damaged ({error}): delete it, stage 2 makes a new one") from None
+    if made != wanted:
+        raise ConfigError(f"{file}: its value head was made with {made or 'other code'}, this run asks for {wanted}")
+    shapes = {name: list(p.shape) for name, p in rm.value_head.state_dict().items()}
+    found = {name: list(p.shape) for name, p in weights.items()}
+    if found != shapes or not all(torch.isfinite(p).all() for p in weights.values()):
+        raise ConfigError(f"{file} holds {found}, this model needs {shapes} with finite numbers: delete the file")
+    rm.value_head.load_state_dict(weights)
 
 
 def _labels(path: str) -> int:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from savelib.config import ConfigError
-from savelib.data.chat import Messages, render
+from savelib.data.chat import Messages, check_ids, render
 from savelib.models.adapters import adapted, plain
 from savelib.models.compute import is_recomputing
 from savelib.models.prefix import forward_prefixes, forward_suffixes, shares_prefixes
@@ -109,6 +109,7 @@ class RewardModel(nn.Module):
         prompts = {id(m): render(self.tokenizer, m, generation_prompt=at_generation) for m, _ in conversations}
         texts = [render(self.tokenizer, [*m, {"role": "assistant", "content": r}]) for m, r in conversations]
         out = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)  # the template wrote the BOS
+        check_ids(out["input_ids"], self.model.get_input_embeddings().num_embeddings, "reward_model")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         special = set(self.tokenizer.all_special_ids)
         ends = []

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from savelib.config import Config, ConfigError
-from savelib.data.chat import render
+from savelib.data.chat import check_ids, render
 from savelib.data.pairs_and_prompts import Prompt
 from savelib.models.compute import autocast, in_bfloat16, is_recomputing, recomputing, rounded
 from savelib.models.prefix import forward_prefixes, forward_suffixes, left_mask, shares_prefixes, with_room
@@ -101,6 +101,7 @@ def sample(
         tokenizer(render(tokenizer, p.messages, generation_prompt=True), add_special_tokens=False)["input_ids"]
         for p in prompts
     ]
+    check_ids(ids, model.get_input_embeddings().num_embeddings, "policy_model")
     _check_lengths(ids, prompts, model, config)
     prompt_lengths = torch.tensor([len(row) for row in ids], device=device)  # [B]
     width = int(prompt_lengths.max())
