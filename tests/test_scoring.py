@@ -339,7 +339,7 @@ def test_models_that_are_no_reward_models_are_refused(data, tmp_path, models):
         run(str(make_policy(tmp_path / "policy")), data, tmp_path / "out")
     broken = make_reward_model(tmp_path / "broken")
     model = AutoModelForSequenceClassification.from_pretrained(broken)
-    model.score.weight.data[:] = float("nan")
+    model.score.weight.data = model.score.weight.data.sign() * 3e38
     model.save_pretrained(broken)
     with pytest.raises(ConfigError, match="judgebench, row 'p.': the model's score is no finite number"):
         run(str(broken), data, tmp_path / "out")

@@ -134,7 +134,7 @@ def test_probe_is_near_chance_before_pretraining():
 def test_failed_probe_stops_the_build_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SAVE_CACHE", str(tmp_path))
     monkeypatch.setitem(world_models.RECIPE, "pretrain", world_models.RECIPE["pretrain"] | {"steps": 3})
-    with pytest.raises(RuntimeError, match="world_seed 7.*probe AUC"):
+    with pytest.raises(ValueError, match="world_seed = 7.*probe AUC"):
         build_backbone(7)
     assert list(tmp_path.iterdir()) == []
 
@@ -194,7 +194,7 @@ def test_a_feature_offset_moves_the_mean_and_nothing_else():
     centred = [(x - x.mean(1, keepdim=True)).flatten(0, 1) for x in (before, after)]
     cosine = torch.nn.functional.cosine_similarity(*centred, dim=1)
     assert cosine.mean() > 0.9, "responses differ in the same directions as before"
-    with pytest.raises(ValueError, match="feature_offset 0.5: this world's features have 0.8"):
+    with pytest.raises(ValueError, match="feature_offset = 0.5: this world's features have 0.8"):
         world_models.with_offset(plain, 0.5, 0)
 
 

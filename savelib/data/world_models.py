@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from savelib.config import ConfigError
 from savelib.data.hub import from_pretrained
 from savelib.data.world import (
     BAD,
@@ -226,7 +227,7 @@ def with_offset(model: LlamaForCausalLM, offset: float, seed: int) -> LlamaForCa
 
     The last layer's MLP gets a bias in a random direction, as large as it takes, and the final norm is scaled so that
     the spread is what it was. (SmolLM2-135M: 5 to 7 at every layer; this world without it: about .85.)
-    Errors: ValueError for an offset that the features have already.
+    Errors: ConfigError for an offset that the features have already.
     """
     settings = model.config.to_dict() | {"mlp_bias": True}
     copy = LlamaForCausalLM(LlamaConfig(**settings)).eval()
@@ -236,7 +237,7 @@ def with_offset(model: LlamaForCausalLM, offset: float, seed: int) -> LlamaForCa
     states, norm = last_states(model), copy.model.norm
     plain, spread = geometry(norm(states))
     if offset <= plain:
-        raise ValueError(f"feature_offset {offset}: this world's features have {plain:.2f} already; give more, or 0")
+        raise ConfigError(f"feature_offset = {offset}: this world's features have {plain:.2f} already; give more, or 0")
     low, high = 0.0, 1e4
     for _ in range(50):
         middle = (low + high) / 2
@@ -251,7 +252,7 @@ def build_backbone(world_seed: int = 0, feature_offset: float = 0.0) -> Path:
     """Folder of the pretrained backbone (model and tokenizer), built in about 20 s unless it is in the cache.
 
     feature_offset: of its features (`with_offset`); 0: as pretrained.
-    Errors: RuntimeError where the probe shows that quality was not learnt; ValueError for an offset that is too small.
+    Errors: ConfigError where the probe shows that quality was not learnt, and for an offset that is too small.
     """
     if feature_offset:
         plain = build_backbone(world_seed)
@@ -265,8 +266,8 @@ def build_backbone(world_seed: int = 0, feature_offset: float = 0.0) -> Path:
         model = pretrain(world_seed)
         auc = probe(model, make_tokenizer())
         if not auc >= RECIPE["min_auc"]:
-            raise RuntimeError(
-                f"world_seed {world_seed}: the pretrained backbone does not tell right from wrong "
+            raise ConfigError(
+                f"world_seed = {world_seed}: the pretrained backbone does not tell right from wrong "
                 f"(probe AUC {auc:.3f}, needs {RECIPE['min_auc']}); take another world_seed"
             )
         return model
@@ -306,7 +307,7 @@ def _pairs(world_seed: int, start_share: float, train: bool, n: int, seed: str) 
             if gold(prompt, a) != gold(prompt, b):
                 chosen, rejected = (a, b) if gold(prompt, a) else (b, a)
                 pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    raise RuntimeError(f"{len(pairs)} pairs of {n} found: the policy (start_share {start_share}) hardly ever differs")
+    raise ConfigError(f"start_share = {start_share}: {len(pairs)} pairs of {n} found; the policy hardly ever differs")
 
 
 def preference_pairs(
