@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 import reprlib
+import unicodedata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -293,8 +294,8 @@ class Config(BaseModel):
         if isinstance(value, str):
             if len(value) > 1000:
                 raise ValueError(f"a text of {len(value)} characters; at most 1000")
-            if any(ord(c) < 32 or ord(c) == 127 for c in value):
-                raise ValueError("holds a control character")
+            if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+                raise ValueError("holds a control character, or half a character")
             if not value.strip() and info.field_name not in MAY_BE_EMPTY:
                 raise ValueError("must not be empty")
         return value

@@ -103,8 +103,8 @@ def runs_dir() -> Path:
 
 def resolve(source: str) -> str:
     """A file or folder as given, else as seen from the checkout, so that notebooks run from anywhere; else a hub id."""
-    given = Path(source).expanduser()
-    for path in (given, project_root() / given):
-        if path.exists():
-            return str(path)
+    given = os.path.expanduser(source)  # unlike Path's, it takes every text: too long, of an unknown user, ...
+    for path in (given, os.path.join(project_root(), given)):
+        if os.path.exists(path):
+            return str(Path(path))
     return source

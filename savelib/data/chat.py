@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -19,7 +19,7 @@ TEMPLATE_DATE = "26 Jul 2024"  # Llama 3 templates write today's date: a score m
 
 def load_tokenizer(source: str, field: str):
     """A fast tokenizer with a chat template. Raises ConfigError naming the config field."""
-    if source.startswith(("/", ".", "~")) and not Path(resolve(source)).is_dir():
+    if source.startswith(("/", ".", "~")) and not os.path.isdir(resolve(source)):
         raise ConfigError(f"{field} = {source!r}: no such folder")
     tokenizer = from_pretrained(AutoTokenizer, source, field)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def explain(error: Exception, field: str, source: str, kind: str = "model") -> s
 
     kind: model or dataset.
     """
-    local = Path(resolve(source)).exists()
+    local = os.path.exists(resolve(source))
     cause = _cause(error, source, local, kind)
     said = f"{field} = {source!r} could not be loaded{'' if local else ' from the hub'}: {cause}"
     token = get_token()
