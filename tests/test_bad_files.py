@@ -3,12 +3,18 @@
 import gzip
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from savelib.benchmarks import BENCHMARKS, statistics
+from savelib.benchmarks.judged.alpaca import DIFFICULTY, LENGTH, OWN, alpaca_json
 from savelib.benchmarks.judged.answers import read_rows
+from savelib.benchmarks.judged.arena import arena_json
+from savelib.benchmarks.scoring import score_file
 from savelib.config import ConfigError, make_config
 from savelib.data.pairs_and_prompts import load_preferences, load_prompts, train_and_heldout_prompts
+from savelib.experiments import audit
 
 CONFIG = make_config(prompt_selection="all")
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -186,3 +192,230 @@ def test_prompt_selection_with_the_worlds_own_policy_asks_no_hub(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "completions": ["is really nice"]}\n')
     config = make_config(policy_model="embedded", prompt_selection="responses_fit")
     assert [p.text for p in load_prompts(str(tmp_path / "p.jsonl"), config)] == ["a"]
+
+
+# scores, judgments and annotations, one field broken at a time; a text is put into the file as it is
+
+GONE = object()
+
+
+def broken(path, good, field, value):
+    """A file of three good rows of which the second has another value in a field (or in one below, as a.b)."""
+    rows = [json.loads(json.dumps(good(i))) for i in range(3)]
+    at, (*above, last) = rows[1], field.split(".")
+    for name in above:
+        at = at[int(name) if isinstance(at, list) else name]
+    if value is GONE:
+        del at[last]
+    else:
+        at[int(last) if isinstance(at, list) else last] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pair(i):
+    return {
+        "pair_id": f"p{i}", "source": "mmlu-pro-law", "question": "Hi", "response_A": "a", "response_B": "b",
+        "label": "A>B",
+    }  # fmt: skip
+
+
+def style_pair(i):
+    return {"id": i, "prompt": "Hi", "chosen": ["a"] * 3, "rejected": ["b"] * 3, "domain": "chat"}
+
+
+def question_of_k(i):
+    return {
+        "question_id": f"q{i}", "prompt": "Hi", "response_1": "a", "response_2": "b", "scores": [1.0, 0.0],
+        "sampled_conflict_pairs": [[0, 1]],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "good", "field", "value", "said"), [
+    ("judgebench", pair, "pair_id", GONE, "no column 'pair_id'"),
+    ("judgebench", pair, "pair_id", ["a"], "column 'pair_id' is ['a'], not a text"),
+    ("judgebench", pair, "source", 3, "column 'source' is 3, not a text"),
+    ("judgebench", pair, "question", None, "column 'question' is null"),
+    ("judgebench", pair, "response_A", " ", "column 'response_A' is empty"),
+    ("judgebench", pair, "label", ["A>B"], "column 'label' = ['A>B'] must be one of A>B, B>A"),
+    ("rmbench", style_pair, "id", True, "column 'id' is True, not a text"),
+    ("rmbench", style_pair, "chosen", "abc", "column 'chosen' must be a list of 3 texts"),
+    ("rmbench", style_pair, "rejected.2", {}, "column 'rejected[2]' is {}, not a text"),
+    ("rmbench", style_pair, "domain", 7, "no column 'domain' that begins with chat"),
+    ("ppe_correctness", question_of_k, "scores", 1, "column 'scores' must be a list"),
+    ("ppe_correctness", question_of_k, "scores.1", None, "column 'scores[1]' is None, not a finite number"),
+    ("ppe_correctness", question_of_k, "scores.0", "1", "column 'scores[0]' is '1', not a finite number"),
+    ("ppe_correctness", question_of_k, "scores.0", float("nan"), "column 'scores[0]' is nan"),
+    ("ppe_correctness", question_of_k, "response_2", GONE, "no column 'response_2'"),
+    ("ppe_correctness", question_of_k, "sampled_conflict_pairs.0", 3, "column 'sampled_conflict_pairs': 3 is no pair"),
+    ("ppe_correctness", question_of_k, "sampled_conflict_pairs.0.1", "1", "[0, '1'] is no pair"),
+    ("ppe_correctness", question_of_k, "sampled_conflict_pairs.0.1", -1, "[0, -1] is no pair"),
+    ("ppe_correctness", question_of_k, "question_id", 1.5, "column 'question_id' is 1.5, not a text"),
+])  # fmt: skip
+def test_a_benchmark_with_a_broken_field(tmp_path, name, good, field, value, said):
+    path = broken(tmp_path / "gpqa.jsonl", good, field, value)
+    refused(lambda: BENCHMARKS[name].rows(str(path)), f"{name} = ", f"{path}, row 2: ", said)
+
+
+def score(i):
+    return {"pair_id": f"p{i}", "scores": [1.0, 0.5]}
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("pair_id", GONE, "no field 'pair_id'"),
+    ("pair_id", None, "column 'pair_id' is null"),
+    ("pair_id", {"a": 1}, "column 'pair_id' is {'a': 1}, not a text"),
+    ("scores", GONE, "no field 'scores'"),
+    ("scores", {"A": 1}, "scores must be a list"),
+    *(("scores.1", value, "'scores[1]' is ") for value in (float("nan"), float("-inf"), "2", None, True, [1])),
+    ("scores.1", 10**400, "'scores[1]' is 1000"),
+])  # fmt: skip
+def test_a_score_file_with_a_broken_field(tmp_path, field, value, said):
+    data = broken(tmp_path / "data.jsonl", pair, "label", "B>A")
+    path = broken(tmp_path / "scores.jsonl", score, field, value)
+    refused(lambda: score_file("judgebench", str(data), str(path)), f"scores = '{path}'", "row 2: ", said)
+
+
+def annotation(i):
+    row = {"instruction": f"do {i}", "output_1": "a" * i, "output_2": "b", "generator_1": "base", "generator_2": "m"}
+    return row | {"preference": 1.25 + i / 4}
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    *((field, GONE, f"no column {field!r}") for field in ("instruction", "output_1", "output_2", "generator_2")),
+    *((field, None, f"column {field!r} is null") for field in ("instruction", "output_1", "generator_1")),
+    *((field, 3, f"column {field!r} is 3, not a text") for field in ("instruction", "output_2", "generator_1")),
+    ("output_2", ["x"], "column 'output_2' is ['x'], not a text"),
+    *(("preference", value, "column 'preference' is ") for value in (2.5, 0.5, -1, "1.5", True, [1], float("inf"))),
+])  # fmt: skip
+def test_annotations_with_a_broken_field(tmp_path, field, value, said):
+    path = broken(tmp_path / "annotations.jsonl", annotation, field, value)
+    refused(lambda: alpaca_json(path, instructions=3), f"annotations = '{path}': 1 of 3 rows", "row 2: ", said)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "cannot be read as CSV"),
+    ("index\n0\n1\n2\n", "has no column instruction_difficulty"),
+    ("index,instruction_difficulty\n0,1\n1,hard\n2,3\n", "no number in instruction_difficulty, .* row 2: hard"),
+    ("index,instruction_difficulty\n0,1\n1,inf\n2,3\n", "no number in instruction_difficulty, .* row 2: inf"),
+    ("index,instruction_difficulty\n0,1\n1,2,3,4\n", "cannot be read as CSV: Error tokenizing data"),
+    ("\0\0\0", "has no column|cannot be read as CSV"),
+])  # fmt: skip
+def test_a_difficulty_that_is_none(tmp_path, text, said):
+    path = broken(tmp_path / "annotations.jsonl", annotation, "preference", 1.5)
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(ConfigError, match=f"d.csv.*({said})"):
+        alpaca_json(path, tmp_path / "d.csv", instructions=3)
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    (tmp_path / "d.csv").write_text("index,instruction_difficulty\n0,1\n1,2\n2,3\n")
+    (tmp_path / "w.csv").write_text(f"model,{LENGTH},{DIFFICULTY},{OWN}\nm,1,x,2\n")
+    refused(
+        lambda: alpaca_json(weights=tmp_path / "w.csv", model="m", difficulty=tmp_path / "d.csv", instructions=3),
+        "w.csv", f"no number in {DIFFICULTY}, the first is row 1: x",
+    )  # fmt: skip
+
+
+def judgment(i):
+    named = {"uid": f"q{i}", "model": "m", "category": "hard_prompt", "judge": "j", "baseline": "b"}
+    return named | {"games": [{"score": "A>B"}, {"judgment": {"answer": "[[A>B]]"}}]}
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("uid", GONE, "no column 'uid'"),
+    ("uid", 3, "column 'uid' is 3, not a text"),
+    ("model", None, "column 'model' is null"),
+    ("model", ["m"], "column 'model' is ['m'], not a text"),
+    *((field, {"x": 1}, f"column {field!r} is {{'x': 1}}, not a text") for field in ("category", "judge", "baseline")),
+    ("games", GONE, "no column 'games'"),
+    *(("games", value, "column 'games' must be a list of two games") for value in ([], [{}], {"a": 1}, "A>B", 2)),
+    ("games.1", "A>B", "column 'games[1]': it is 'A>B', not an object with score or judgment"),
+    *(("games.0.score", value, "column 'games[0]': score is ") for value in (1, "win", ["A>B"], float("nan"), True)),
+    ("games.1.judgment", 7, "column 'games[1]': judgment is 7, not a text"),
+    ("games.1.judgment.answer", ["[[A>B]]"], "column 'games[1]': judgment is ['[[A>B]]'], not a text"),
+])  # fmt: skip
+def test_judgments_with_a_broken_field(tmp_path, field, value, said):
+    path = broken(tmp_path / "judgments.jsonl", judgment, field, value)
+    refused(lambda: arena_json(path), f"judgments = '{path}': 1 of 3 rows", "row 2: ", said)
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    *((field, GONE, f"no column {field!r}") for field in ("uid", "category", "prompt")),
+    *((field, 3, f"column {field!r} is 3, not a text") for field in ("uid", "category", "prompt")),
+    ("category", " ", "column 'category' is empty"),
+])  # fmt: skip
+def test_questions_with_a_broken_field(tmp_path, field, value, said):
+    judgments = broken(tmp_path / "judgments.jsonl", judgment, "judge", "j")
+    path = broken(tmp_path / "q.jsonl", lambda i: judgment(i) | {"prompt": "p"}, field, value)
+    refused(lambda: arena_json(judgments, path), f"questions = '{path}': 1 of 3 rows", "row 2: ", said)
+
+
+def answer(i):
+    counts = {"header_count": {"h1": 1}, "list_count": 2, "bold_count": {"**": 0}}
+    return {"uid": f"q{i}", "model": "m", "metadata": {"token_len": 5} | counts}
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("uid", None, "column 'uid' is null"),
+    ("model", 3, "column 'model' is 3, not a text"),
+    ("metadata", "x", "column 'metadata' is 'x', not an object"),
+    *(("metadata.token_len", value, "column 'metadata.token_len' is ") for value in ("5", -1, float("nan"), True, [5])),
+    ("metadata.header_count.h1", "two", "column 'metadata.header_count' is 'two', not a finite number"),
+    ("metadata.list_count", -2, "column 'metadata.list_count' is -2, below 0"),
+    ("metadata.bold_count", [1], "column 'metadata.bold_count' is [1], not a finite number"),
+])  # fmt: skip
+def test_answers_with_a_broken_field(tmp_path, field, value, said):
+    judgments = broken(tmp_path / "judgments.jsonl", judgment, "judge", "j")
+    path = broken(tmp_path / "a.jsonl", answer, field, value)
+    refused(lambda: arena_json(judgments, answers=path), f"answers = '{path}': 1 of 3 rows", "row 2: ", said)
+
+
+def test_categories_and_answers_that_are_there_twice(tmp_path):
+    judgments = broken(tmp_path / "judgments.jsonl", judgment, "judge", "j")
+    refused(lambda: arena_json(judgments, category="nope"), "category = 'nope'", "hard_prompt")
+    mixed = broken(tmp_path / "mixed.jsonl", judgment, "model", "other")
+    mixed.write_text(mixed.read_text().replace('"q2", "model": "m", "category": "hard_prompt"',
+                                               '"q2", "model": "third", "category": "own"'))  # fmt: skip
+    refused(lambda: arena_json(mixed), "category = 'hard_prompt': of 'third' there are judgments of own")
+    path = broken(tmp_path / "a.jsonl", answer, "uid", "q0")
+    refused(lambda: arena_json(judgments, answers=path), "answers: 1 are there more than once", "('m', 'q0')")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused(lambda: arena_json(empty), "judgments = ", "has no rows")
+    refused(lambda: arena_json(judgments, empty), "questions = ", "has no rows")
+
+
+# levels and percentages
+
+TABLE, SAVE = "table1_rm_benchmarks", "Qwen3-4B-Instruct-2507, SAVE"
+
+
+@pytest.mark.parametrize("level", [1.5, 1, 0, -0.1, float("nan"), float("inf"), "0.95", None, True])
+def test_a_level_that_is_none(level):
+    rows = statistics.Stratum("a", 1.0, ["x", "y", "z"], np.array([[1.0], [0.0], [0.5]]))
+    made = statistics.Result([rows], {}, {})
+    for call in (
+        lambda: audit.compared(TABLE, SAVE, audit.rows_of(TABLE).index[0], level),
+        lambda: audit.claims(level),
+        lambda: audit.against_the_text(level),
+        lambda: statistics.interval(made, level),
+        lambda: statistics.compare(made, made, level),
+        lambda: statistics.smallest_difference(350, 70, level=level),
+        lambda: statistics.average_published([70], [350], level),
+        lambda: statistics.interval_of_mean(pd.Series([1.0, 2.0]), level),
+    ):
+        refused(call, f"level = {level!r} must be a number above 0 and below 1")
+
+
+@pytest.mark.parametrize(("percent", "n"), [(101, 50), (-1, 50), (float("nan"), 50), (70, 0), (70, float("nan")),
+                                            (70, float("inf")), ([70, 60], [50]), ([], [])])  # fmt: skip
+def test_percentages_and_sizes_that_are_none(percent, n):
+    for call in (statistics.compare_published, lambda p, q, n: statistics.average_published(p, n)):
+        refused(lambda call=call: call(percent, percent, n), "give as many percentages (0 to 100) as sizes (1 or more)")
+    if not isinstance(percent, list):
+        refused(lambda: statistics.smallest_difference(n, percent), "give as many percentages")
+
+
+def test_labels_of_the_papers_tables():
+    refused(lambda: audit.compared(TABLE, SAVE, "Initial"), "'Initial'", "valid names: ")

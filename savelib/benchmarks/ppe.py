@@ -18,7 +18,7 @@ from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
-from savelib.data.files import column, text
+from savelib.data.files import column, label, number, text
 from savelib.paths import resolve
 
 FLAGS = ("hard_prompt", "easy_prompt", "if_prompt", "math_prompt", "is_code")  # columns of Preference
@@ -37,7 +37,7 @@ def _vote(row: dict[str, Any], _: str) -> Row:
         raise ConfigError(f"column 'winner' = {winner!r} must be model_a, model_b or begin with tie")
     facts = {"winner": winner, "flags": [name for name in FLAGS if row.get(name) is True]}
     responses = [text(row, "response_1"), text(row, "response_2")]
-    return Row(str(column(row, "question_id")), base.prompt(row), responses, facts, counts=not tied)
+    return Row(label(row, "question_id"), base.prompt(row), responses, facts, counts=not tied)
 
 
 def aggregate_preference(rows: list[Row], scores: Scores) -> Result:
@@ -95,11 +95,14 @@ def _question(name: str):
         responses = [text(row, f"response_{k}") for k in range(1, len(truth) + 1)]
         if f"response_{len(truth) + 1}" in row:
             raise ConfigError(f"column 'scores' has {len(truth)} values, fewer than there are responses")
+        for i, score in enumerate(truth):
+            number(score, f"column 'scores[{i}]'")
         for pair in pairs:
-            if len(pair) != 2 or not all(0 <= k < len(truth) for k in pair) or truth[pair[0]] == truth[pair[1]]:
+            known = isinstance(pair, list) and all(type(k) is int and 0 <= k < len(truth) for k in pair)
+            if not known or len(pair) != 2 or truth[pair[0]] == truth[pair[1]]:
                 raise ConfigError(f"column 'sampled_conflict_pairs': {pair} is no pair of a right and a wrong response")
         ordered = [(i, j) if truth[i] > truth[j] else (j, i) for i, j in pairs]  # the better one first
-        question = str(column(row, "question_id"))
+        question = label(row, "question_id")
         return Row(question, base.prompt(row), responses, {"pairs": ordered}, name, bool(ordered))
 
     return convert

@@ -13,7 +13,7 @@ import numpy as np
 from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
-from savelib.data.files import choice, column, text
+from savelib.data.files import choice, label, text
 
 SECTIONS = {  # section -> subset -> weight: its number of rows, but for math-prm, which has 447
     "Chat": {
@@ -42,7 +42,7 @@ def rows(source: str) -> list[Row]:
 
 def _row(row: dict[str, Any], _: str) -> Row:
     responses = [text(row, "chosen"), text(row, "rejected")]
-    return Row(str(column(row, "id")), base.prompt(row), responses, group=choice(row, "subset", SUBSETS))
+    return Row(label(row, "id"), base.prompt(row), responses, group=choice(row, "subset", SUBSETS))
 
 
 def aggregate(rows: list[Row], scores: Scores) -> Result:

@@ -15,7 +15,7 @@ from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
-from savelib.data.files import choice, column, texts
+from savelib.data.files import choice, label, texts
 
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 WEIGHTS = np.array([0.3, 0.3, 0.2, 0.2, 0.01])  # of the columns of the credit of Ties
@@ -27,7 +27,7 @@ def rows(source: str) -> list[Row]:
 
 
 def _row(row: dict[str, Any], _: str) -> Row:
-    name, subset = str(column(row, "id")), choice(row, "subset", SUBSETS)
+    name, subset = label(row, "id"), choice(row, "subset", SUBSETS)
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
     count, total = row.get("num_correct"), row.get("total_completions")
     if total is not None and total != len(chosen) + len(rejected):

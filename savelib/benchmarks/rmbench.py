@@ -15,7 +15,7 @@ from savelib.benchmarks import rows as base
 from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result, Stratum
 from savelib.config import ConfigError
-from savelib.data.files import column, texts
+from savelib.data.files import label, texts
 
 DOMAINS = ("chat", "math", "code", "safety")  # safety-refuse and safety-response are one domain
 LEVELS = ("easy", "normal", "hard")
@@ -35,7 +35,7 @@ def _row(row: dict[str, Any], where: str) -> Row:
     if domain is None:
         raise ConfigError(f"no column 'domain' that begins with {', '.join(DOMAINS)}: {row.get('domain')!r}")
     return Row(
-        str(column(row, "id")),
+        label(row, "id"),
         base.prompt(row),
         texts(row, "chosen", 3) + texts(row, "rejected", 3),
         group=domain,

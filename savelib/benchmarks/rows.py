@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from savelib.benchmarks.statistics import Result
 from savelib.config import ConfigError
 from savelib.data.chat import Messages
-from savelib.data.files import FORMATS, converted, source_rows, text
+from savelib.data.files import FORMATS, checked, label, number, source_rows, text
 from savelib.paths import resolve
 
 Scores = dict[str, list[float]]  # row id -> one score a response
@@ -48,14 +48,17 @@ class Benchmark:
     score_fields: tuple[str, ...] = ("scores",)  # of the same length, one after the other
 
     def read_scores(self, line: dict[str, Any]) -> tuple[str, list[float]]:
-        """One line of a score file -> (id, scores). Raises ConfigError for a missing field or no list."""
+        """One line of a score file -> (id, scores). Raises ConfigError for a missing field or what is no number."""
         for name in (self.id_field, *self.score_fields):
             if name not in line:
                 raise ConfigError(f"no field {name!r}; it has {', '.join(map(repr, line)) or 'none'}")
         parts = [line[name] for name in self.score_fields]
         if not all(isinstance(part, list) for part in parts) or len({len(part) for part in parts}) > 1:
             raise ConfigError(f"{' and '.join(self.score_fields)} must be {self._lists}, not {str(parts)[:60]}")
-        return str(line[self.id_field]), sum(parts, [])
+        for name in self.score_fields:
+            for i, score in enumerate(line[name]):
+                number(score, f"'{name}[{i}]'")
+        return label(line, self.id_field), sum(parts, [])
 
     def write_scores(self, row_id: str, scores: list[float]) -> dict[str, Any]:
         """What read_scores reads."""
@@ -71,18 +74,13 @@ class Benchmark:
 # scores
 
 
-def _finite(score: Any) -> bool:
-    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-
-
 def check_scores(rows: list[Row], scores: Scores) -> None:
-    """Raise ConfigError unless there is one finite score for each response of each row, and none for others."""
+    """Raise ConfigError unless there is one score for each response of each row, and none for others."""
     expected = {row.id: len(row.responses) for row in rows}
     problems = {
         "missing": [row.id for row in rows if row.counts and row.id not in scores],
         "not in the benchmark": [i for i in scores if i not in expected],
         "with another number of scores": [i for i in expected if i in scores and len(scores[i]) != expected[i]],
-        "with a score that is no finite number": [i for i in scores if not all(map(_finite, scores[i]))],
     }
     said = [f"{len(ids)} {what}, the first {ids[0]!r}" for what, ids in problems.items() if ids]
     if said:
@@ -105,13 +103,10 @@ def read_rows(
         found = next((f for f in (matching(path, [pattern]) for pattern in files) if f), None)
         if not found:
             raise ConfigError(f"{field} = {source!r}: the folder has no file named {' or '.join(files)}")
-        raw = [row for file in found for row in source_rows(str(file), field, ())]
+        raw = chain.from_iterable(source_rows(str(file), field, ()) for file in found)
     else:
-        raw = list(source_rows(source, field, (split,)))
-    rows, bad = converted(raw, convert)
-    if bad:
-        raise ConfigError(f"{field} = {source!r}: {len(bad)} of {len(raw)} rows are bad, the first: {bad[0]}")
-    return distinct(rows, f"{field} = {source!r}")
+        raw = source_rows(source, field, (split,))
+    return distinct(checked(raw, convert, f"{field} = {source!r}"), f"{field} = {source!r}")
 
 
 def matching(folder: Path, files: Iterable[str]) -> list[Path]:

@@ -30,7 +30,7 @@ from savelib.benchmarks.rows import Benchmark, Row, Scores
 from savelib.benchmarks.statistics import Result
 from savelib.config import Config, ConfigError, make_config
 from savelib.data.chat import render
-from savelib.data.files import FORMATS, converted, file_rows
+from savelib.data.files import FORMATS, at, converted, file_rows
 from savelib.models.compute import autocast, in_bfloat16, pick_device
 from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import VALUE_HEAD_FILE, Encoded, RewardModel
@@ -53,8 +53,9 @@ def score_file(name: str, data: str, scores: str) -> dict[str, Any]:
     number or not one a response, and for lines that cannot be read.
     """
     benchmark = _benchmark(name)
-    rows = benchmark.rows(data)
-    return as_json(benchmark, benchmark.aggregate(rows, read_scores(benchmark, scores)))
+    rows, found = benchmark.rows(data), read_scores(benchmark, scores)
+    with at(f"scores = {scores!r}"):
+        return as_json(benchmark, benchmark.aggregate(rows, found))
 
 
 def read_scores(benchmark: Benchmark, file: str) -> Scores:

@@ -33,6 +33,13 @@ def possible_counts(percent: str, n: int) -> list[int]:
     return [k for k in range(n + 1) if half_up(100 * k / n, decimals) == percent]
 
 
+def between(value: float, name: str) -> float:
+    """A level or a power. Raises ConfigError unless it is a number above 0 and below 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ConfigError(f"{name} = {value!r} must be a number above 0 and below 1")
+    return float(value)
+
+
 # ---- figures whose rows are at hand
 
 
@@ -41,7 +48,7 @@ def interval(figure: Result | list[Stratum], level: float = 0.95) -> Interval:
 
     Wilson for a plain accuracy (credits 0 or 1, each row of the same weight), else a stratified percentile bootstrap.
     """
-    strata = figure.strata if isinstance(figure, Result) else figure
+    level, strata = between(level, "level"), figure.strata if isinstance(figure, Result) else figure
     total = sum(s.weight for s in strata)
     strata = [replace(s, weight=s.weight / total) for s in strata]
     if not _plain(strata):
@@ -49,11 +56,6 @@ def interval(figure: Result | list[Stratum], level: float = 0.95) -> Interval:
     credit = np.concatenate([s.credit[:, 0] for s in strata])
     low, high = proportion_confint(credit.sum(), len(credit), alpha=1 - level, method="wilson")
     return 100 * float(low), 100 * float(high)
-
-
-def part_intervals(result: Result, level: float = 0.95) -> dict[str, Interval]:
-    """(low, high) of each part that is a stratum; of another part, give `interval` the strata that it is made of."""
-    return {s.name: interval([s], level) for s in result.strata if s.name in result.parts}
 
 
 def bootstrap(*models: list[Stratum], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -66,6 +68,8 @@ def bootstrap(*models: list[Stratum], resamples: int = RESAMPLES, seed: int = 0)
 
 
 def percentiles(draws: np.ndarray, level: float = 0.95) -> Interval:
+    """(low, high) of draws: the share `level` of them lies between."""
+    level = between(level, "level")
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -178,7 +182,8 @@ def smallest_difference(
     Paired: d sqrt(n) = z sqrt(q) + z' sqrt(q - d^2), q = `discordant`, the percentage of rows that exactly one of the
     two has right = 100 - agreement (Connor 1987, for McNemar's test). inf where d would have to exceed q.
     """
-    z, z_power = norm.ppf([(1 + level) / 2, power])
+    z, z_power = norm.ppf([(1 + between(level, "level")) / 2, between(power, "power")])
+    _published(percent, n)
     if discordant is None:
         return float((z + z_power) * np.sqrt(2) * standard_error(percent, n))
     q, most = discordant / 100, 2 * min(percent, 100 - percent)
@@ -213,13 +218,9 @@ def compare_published(
     ends of q: exact McNemar for one pair, for means whether 0 lies outside. For a composite the answer is that of an
     accuracy with n rows.
     """
-    a, b, n = (np.atleast_1d(np.asarray(x, float)) for x in (p1, p2, n))
+    (a, n), (b, _) = _published(p1, n), _published(p2, n)
     a, b = a / 100, b / 100
-    if not (len(a) == len(b) == len(n) and ((a >= 0) & (a <= 1) & (b >= 0) & (b <= 1)).all() and (n >= 1).all()):
-        raise ConfigError(
-            f"p1 = {p1}, p2 = {p2}, n = {n.tolist()}: as many percentages (0 to 100) as sizes (1 or more)"
-        )
-    d, z = a - b, norm.ppf((1 + level) / 2)
+    d, z = a - b, norm.ppf((1 + between(level, "level")) / 2)
 
     def around(variance: np.ndarray) -> Interval:
         half = z * np.sqrt(np.maximum(variance, 0).sum()) / len(d)
@@ -241,15 +242,26 @@ def compare_published(
     )
 
 
+def _published(percents: float | Sequence[float], n: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Both as vectors. Raises ConfigError unless they are as many percentages as sizes."""
+    found, sizes = (np.atleast_1d(np.asarray(x, float)) for x in (percents, n))
+    fit = ((found >= 0) & (found <= 100)).all() and ((sizes >= 1) & np.isfinite(sizes)).all()
+    if not fit or not len(found) == len(sizes) > 0:
+        raise ConfigError(f"{percents} of n = {n}: give as many percentages (0 to 100) as sizes (1 or more)")
+    return found, sizes
+
+
 def average_published(percents: Sequence[float], n: Sequence[int], level: float = 0.95) -> tuple[float, float, float]:
     """(mean, low, high) of independent accuracies' plain mean: its standard error is sqrt(sum of squares) / count."""
+    (percents, n), z = _published(percents, n), norm.ppf((1 + between(level, "level")) / 2)
     errors = [standard_error(p, size) for p, size in zip(percents, n, strict=True)]
-    mean, half = np.mean(percents), norm.ppf((1 + level) / 2) * np.linalg.norm(errors) / len(errors)
+    mean, half = np.mean(percents), z * np.linalg.norm(errors) / len(errors)
     return float(mean), float(mean - half), float(mean + half)
 
 
 def interval_of_mean(values: pd.Series, level: float = 0.95) -> tuple[float, float]:
     """Student's interval of a mean; (nan, nan) from fewer than two values or from equal ones."""
+    level = between(level, "level")
     if len(values) < 2 or not values.std() > 0:
         return float("nan"), float("nan")
     return tuple(map(float, stats.t.interval(level, len(values) - 1, values.mean(), values.sem())))

@@ -8,18 +8,19 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from savelib.config import ConfigError
+from savelib.config import ConfigError, shown
 from savelib.data.hub import explain
 from savelib.paths import resolve
 
 T = TypeVar("T")
-Row = dict[str, Any]
+Record = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 ANY_SPLIT = "*"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON's escapes; two of them may make one character
@@ -28,7 +29,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON's escapes; two of them
 # sources -> rows
 
 
-def source_rows(source: str, field: str, splits: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def source_rows(source: str, field: str, splits: Sequence[str]) -> Iterator[tuple[str, Record]]:
     """(where, row) of a file or a hub dataset; `where` names the row. Raises ConfigError, also where there is no row.
 
     field: names the source in errors. splits: the first of them that a hub dataset has is read; ANY_SPLIT: its first.
@@ -40,7 +41,7 @@ def source_rows(source: str, field: str, splits: Sequence[str]) -> Iterator[tupl
         raise ConfigError(f"{field} = {source!r} has no rows")
 
 
-def file_rows(path: str | Path, field: str) -> Iterator[tuple[str, Row]]:
+def file_rows(path: str | Path, field: str) -> Iterator[tuple[str, Record]]:
     """(where, row) of a file, which may have none. Raises ConfigError at what cannot be read."""
     path = Path(path)
     if not path.is_file():
@@ -100,7 +101,7 @@ def parsed(text: bytes, what: str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
+def _object(pairs: list[tuple[str, Any]]) -> Record:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -108,7 +109,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _hub_rows(source: str, field: str, splits: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def _hub_rows(source: str, field: str, splits: Sequence[str]) -> Iterator[tuple[str, Record]]:
     if source.endswith((*FORMATS, ".gz")) or source.count("/") != 1:
         raise ConfigError(f"{field} = {source!r}: no such file, and not a hub id (owner/name)")
 
@@ -125,7 +126,7 @@ def _hub_rows(source: str, field: str, splits: Sequence[str]) -> Iterator[tuple[
     yield from ((f"{source}, row {number}", row) for number, row in enumerate(data, 1))
 
 
-def converted(rows: Iterable[tuple[str, Row]], convert: Callable[[Row, str], T]) -> tuple[list[T], list[str]]:
+def converted(rows: Iterable[tuple[str, Record]], convert: Callable[[Record, str], T]) -> tuple[list[T], list[str]]:
     """(convert(row, where) of each row that it takes, what is wrong with each row for which it raises ConfigError)."""
     good, bad = [], []
     for where, row in rows:
@@ -135,6 +136,14 @@ def converted(rows: Iterable[tuple[str, Row]], convert: Callable[[Row, str], T])
         except ConfigError as error:
             bad.append(str(error))
     return good, bad
+
+
+def checked(rows: Iterable[tuple[str, Record]], convert: Callable[[Record, str], T], what: str) -> list[T]:
+    """Every row converted. Raises ConfigError, `what` first, with the number of bad rows and the first of them."""
+    good, bad = converted(rows, convert)
+    if bad:
+        raise ConfigError(f"{what}: {len(bad)} of {len(good) + len(bad)} rows are bad, the first: {bad[0]}")
+    return good
 
 
 # columns
@@ -149,7 +158,7 @@ def at(where: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def column(row: Row, *names: str) -> Any:
+def column(row: Record, *names: str) -> Any:
     """The first of these columns that is not null. Raises ConfigError where there is none."""
     for name in names:
         if row.get(name) is not None:
@@ -159,7 +168,7 @@ def column(row: Row, *names: str) -> Any:
     raise ConfigError(f"no column {' or '.join(map(repr, names))}; it has {', '.join(map(repr, row)) or 'none'}")
 
 
-def text(row: Row, name: str) -> str:
+def text(row: Record, name: str) -> str:
     """A column that holds a text. Raises ConfigError where it is empty."""
     return as_text(column(row, name), f"column {name!r}")
 
@@ -173,7 +182,20 @@ def as_text(value: Any, what: str) -> str:
     return value
 
 
-def texts(row: Row, name: str, count: int | None = None) -> list[str]:
+def label(row: Record, name: str) -> str:
+    """A column that names the row: a text, or a whole number as text."""
+    value = column(row, name)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text(row, name)
+
+
+def number(value: Any, what: str) -> float:
+    """A value that is a finite number. Raises ConfigError whose subject is `what`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"{what} is {shown(value)}, not a finite number")
+    return value
+
+
+def texts(row: Record, name: str, count: int | None = None) -> list[str]:
     """A column that holds a list of texts, `count` of them if that is given."""
     values = column(row, name)
     if not isinstance(values, list) or not values or (count and len(values) != count):
@@ -181,15 +203,9 @@ def texts(row: Row, name: str, count: int | None = None) -> list[str]:
     return [as_text(value, f"column '{name}[{i}]'") for i, value in enumerate(values)]
 
 
-def choice(row: Row, name: str, values: Iterable[str]) -> str:
+def choice(row: Record, name: str, values: Iterable[str]) -> str:
     """A column that holds one of these values."""
     value = column(row, name)
     if value not in values:
         raise ConfigError(f"column {name!r} = {shown(value)} must be one of {', '.join(values)}")
     return value
-
-
-def shown(value: Any) -> str:
-    """A value in an error: short."""
-    said = repr(value)
-    return said if len(said) <= 60 else f"{said[:57]}..."

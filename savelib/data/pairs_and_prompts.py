@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from savelib.config import Config, ConfigError
+from savelib.config import Config, ConfigError, shown
 from savelib.data import instructions, world, world_models
 from savelib.data.chat import Messages, load_tokenizer
-from savelib.data.files import ANY_SPLIT, Row, as_text, column, converted, shown, source_rows
+from savelib.data.files import ANY_SPLIT, Record, as_text, column, converted, source_rows
 from savelib.data.smollm2 import smollm2_path
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ def train_and_heldout_prompts(config: Config) -> tuple[list[Prompt], list[Prompt
 # rows -> the internal form
 
 
-def _loaded(source: str, field: str, convert: Callable[[Row, str], T], config: Config) -> list[T]:
+def _loaded(source: str, field: str, convert: Callable[[Record, str], T], config: Config) -> list[T]:
     """Every row converted; a row with bad content is an error, or under bad_rows=skip left out and counted aloud."""
     good, bad = converted(source_rows(source, field, SPLITS[field]), convert)
     said = f"{len(bad)} of {len(good) + len(bad)} rows"
@@ -218,7 +218,7 @@ def _transcript(text: str) -> Messages:
     return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _preference(row: Row, _: str) -> Preference:
+def _preference(row: Record, _: str) -> Preference:
     chosen, rejected = column(row, "chosen"), column(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen) and _TURN.match(rejected):
         chosen, rejected = _transcript(chosen), _transcript(rejected)
@@ -239,7 +239,7 @@ def _response(value: Any, name: str) -> str:
     return as_text(value, what)
 
 
-def _prompt(row: Row, where: str) -> Prompt:
+def _prompt(row: Record, where: str) -> Prompt:
     messages = _prompt_messages(column(row, "prompt", "instruction"))
     checks = row.get("checks")
     if checks is not None:
@@ -257,7 +257,7 @@ def _policy_tokenizer(source: str):
     return load_tokenizer(str(smollm2_path()) if source == "smollm2" else source, "policy_model")
 
 
-def _selected(row: Row, config: Config) -> bool:
+def _selected(row: Record, config: Config) -> bool:
     """prompt_selection on the dataset's own responses, in the policy's tokens. Rows without any are kept."""
     completions = row.get("completions")
     if config.prompt_selection == "all" or not completions:

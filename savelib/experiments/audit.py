@@ -10,6 +10,7 @@ import pandas as pd
 
 from savelib.analysis import paper_table
 from savelib.benchmarks.statistics import Published, compare_published, half_up, possible_counts, smallest_difference
+from savelib.config import check_names
 
 FIGURES = ("RewardBench", "RewardBench 2", "RM-Bench", "PPE Preference", "PPE Correctness", "JudgeBench")
 TABLES = ("table1_rm_benchmarks", "table2_rl_algorithms", "table4_learning_rates", "table5_group_size",
@@ -104,9 +105,10 @@ def compared(name: str, first: str, second: str, level: float = 0.95) -> pd.Data
     """Two rows of a table: the difference on each benchmark and whether its size resolves it.
 
     unpaired: the interval as if on different rows. resolved: yes, no, or cannot tell, on the same rows, over all ways
-    in which the two may agree. KeyError if a label is not in the table.
+    in which the two may agree. Raises ConfigError for a label that is not in the table.
     """
     table, n = rows_of(name), sizes()
+    check_names([first, second], table.index)
     a, b = table.loc[first], table.loc[second]
     rows = {}
     for column in [c for c in table.columns if c in n]:

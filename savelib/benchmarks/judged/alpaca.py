@@ -15,8 +15,8 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from savelib.benchmarks.statistics import Result, Stratum
-from savelib.config import ConfigError, check_names
-from savelib.data.files import file_rows
+from savelib.config import ConfigError, check_names, shown
+from savelib.data.files import Record, checked, column, file_rows, number
 
 BASELINE = "gpt4_1106_preview"
 INSTRUCTIONS = 805
@@ -30,46 +30,29 @@ def read_annotations(path: str | Path, instructions: int = INSTRUCTIONS) -> pd.D
 
     Raises ConfigError unless there is each instruction once, `instructions` of them, of one model and one baseline.
     """
-    table = pd.DataFrame(check_annotations([row for _, row in file_rows(path, "annotations")]))
-    if len(table) != instructions:
-        raise ConfigError(
-            f"annotations {str(path)!r} have {len(table)} of {instructions} instructions; annotate all, "
-            "a part has no total"
-        )
-    return table
-
-
-def check_annotations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fields that are used of annotations that are right; a preference may be missing (the judge gave none)."""
-    texts = set(FIELDS) - {"preference"}
-    seen = Counter(str(row.get("instruction")) for row in rows)
-    problems = {
-        "without a text in " + ", ".join(sorted(texts)): [
-            i for i, row in enumerate(rows) if not all(isinstance(row.get(f), str) for f in texts)
-        ],
-        "whose instruction was there before": [
-            i for i, row in enumerate(rows) if seen[str(row.get("instruction"))] > 1
-        ],
-        "whose preference is neither 0 (draw), 1 to 2, nor missing": [
-            i for i, row in enumerate(rows) if not _is_preference(row.get("preference"))
-        ],
-    }
-    said = [f"{len(found)} {what}, the first is row {found[0]}" for what, found in problems.items() if found]
+    where = f"annotations = {str(path)!r}"
+    rows = checked(file_rows(path, "annotations"), _annotation, where)
+    doubled = [text for text, count in Counter(row["instruction"] for row in rows).items() if count > 1]
+    if doubled:
+        raise ConfigError(f"{where}: {len(doubled)} instructions are there twice, the first {shown(doubled[0])}")
     for field in ("generator_1", "generator_2"):
-        names = sorted({str(row.get(field)) for row in rows})
+        names = sorted({row[field] for row in rows})
         if len(names) > 1:
-            said.append(f"{field} has {len(names)} names, {names[:3]}")
-    if said:
-        raise ConfigError(f"annotations, {len(rows)} rows: {'; '.join(said)}; give one model's, each instruction once")
-    return [{field: row.get(field) for field in FIELDS} for row in rows]
+            raise ConfigError(f"{where}: {field} has {len(names)} names, {', '.join(names[:3])}; give one model's rows")
+    if len(rows) != instructions:
+        raise ConfigError(f"{where} has {len(rows)} of {instructions} instructions; annotate all, a part has no total")
+    return pd.DataFrame(rows, columns=FIELDS)
 
 
-def _is_preference(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and bool(np.isnan(value) or value == 0 or 1 <= value <= 2)
-    )
+def _annotation(row: Record, _: str) -> Record:
+    """The fields that are used; an output may be empty, and a preference may be missing (the judge gave none)."""
+    for field in set(FIELDS) - {"preference"}:
+        if not isinstance(column(row, field), str):
+            raise ConfigError(f"column {field!r} is {shown(row[field])}, not a text")
+    value = row.get("preference")
+    if value is not None and value == value and number(value, "column 'preference'") != 0 and not 1 <= value <= 2:
+        raise ConfigError(f"column 'preference' is {value}; it is 1 to 2, 0 for a draw, or missing")
+    return {field: row.get(field) for field in FIELDS}
 
 
 def credit(annotations: pd.DataFrame) -> pd.Series:
@@ -108,17 +91,20 @@ def result(annotations: pd.DataFrame) -> Result:
 
 
 def read_table(path: str | Path, *columns: str) -> pd.DataFrame:
-    """A CSV file that must have these columns, each row filled; a preference may be missing."""
+    """A CSV file that must have these columns of numbers, each row filled; a preference may be missing."""
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read as CSV: {error}") from None
+        raise ConfigError(f"{str(path)!r} cannot be read as CSV: {' '.join(str(error).split())}") from None
     missing = [c for c in columns if c not in table]
     if missing:
-        raise ConfigError(f"{str(path)!r} has no column {', '.join(missing)}; it has {', '.join(table)}")
-    needed = [c for c in columns if c != "preference"]
-    if bad := table[needed].isna().any(axis=1).sum():
-        raise ConfigError(f"{str(path)!r}: {bad} of {len(table)} rows lack {' or '.join(needed)}; the file is damaged")
+        raise ConfigError(f"{str(path)!r} has no column {', '.join(missing)}; it has {', '.join(map(str, table))}")
+    for name in columns:
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        bad = ~np.isfinite(numbers) & ~(table[name].isna() & (name == "preference"))
+        if bad.any():
+            first = f"the first is row {bad.argmax() + 1}: {table[name][bad.argmax()]}"
+            raise ConfigError(f"{str(path)!r}: {bad.sum()} of {len(table)} rows have no number in {name}, {first}")
     return table
 
 

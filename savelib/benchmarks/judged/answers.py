@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from savelib.config import ConfigError
-from savelib.data.files import Row, at, file_rows, text
+from savelib.data.files import Record as Row
+from savelib.data.files import at, file_rows, text
 from savelib.paths import resolve, write_atomically
 
 ID = {"alpaca": "instruction", "arena": "uid"}  # the column that pairs rows; AlpacaEval has no other

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import statsmodels.api as sm
@@ -19,9 +19,10 @@ from scipy.special import expit
 
 from savelib.benchmarks.judged.judge import LABELS, read_label
 from savelib.benchmarks.statistics import Result, Stratum, bootstrap, interval, percentiles
-from savelib.config import ConfigError
-from savelib.data.files import file_rows
+from savelib.config import ConfigError, shown
+from savelib.data.files import Record, at, checked, column, file_rows, label, number, text
 
+T = TypeVar("T")
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 QUESTIONS = {"hard_prompt": 500, "creative_writing": 250}
 STRONG = 3
@@ -47,56 +48,64 @@ class Judged:
         return sum(g * b for g, b in zip(self.gets, self.battles, strict=True)) / sum(self.battles)
 
 
-def read_files(given: str | Path | list[str | Path], field: str) -> list[dict[str, Any]]:
-    """The rows of one file or of several."""
-    return [row for path in (given if isinstance(given, list) else [given]) for _, row in file_rows(path, field)]
+def read_files(given: str | Path | list[str | Path], field: str, convert: Callable[[Record, str], T]) -> list[T]:
+    """The rows of one file or of several, each converted. Raises ConfigError."""
+    files = given if isinstance(given, list) else [given]
+    rows = [row for file in files for row in checked(file_rows(file, field), convert, f"{field} = {str(file)!r}")]
+    if not rows:
+        raise ConfigError(f"{field} = {', '.join(map(repr, map(str, files)))} has no rows")
+    return rows
 
 
 def read_questions(path: str | Path) -> dict[str, str]:
     """uid -> category of the benchmark's questions (750: hard_prompt 500, creative_writing 250)."""
-    rows = read_files(path, "questions")
-    bad = [i for i, row in enumerate(rows, 1) if not {"uid", "category", "prompt"} <= row.keys()]
-    out = {row.get("uid"): row.get("category") for row in rows}
-    if bad or not rows or len(out) != len(rows):
-        raise ConfigError(
-            f"questions {str(path)!r}: {len(bad)} of {len(rows)} rows lack uid, category or prompt "
-            f"{bad[:1]}, {len(rows) - len(out)} uids are doubled; use the benchmark's question.jsonl"
-        )
+    rows = read_files(path, "questions", lambda row, _: [text(row, name) for name in ("uid", "category", "prompt")])
+    out = {uid: category for uid, category, _ in rows}
+    if len(out) < len(rows):
+        raise ConfigError(f"questions = {str(path)!r}: {len(rows) - len(out)} uids are there twice; give each once")
     return out
 
 
+def as_judgment(row: Record, _: str = "") -> Record:
+    """A record {uid, model, games [2]} of arena-hard-auto. Raises ConfigError naming the field of another one."""
+    for name in ("uid", "model"):
+        text(row, name)
+    for name in ("category", "baseline", "judge"):
+        if row.get(name) is not None:
+            text(row, name)
+    if not isinstance(column(row, "games"), list) or len(row["games"]) != 2:
+        raise ConfigError(f"column 'games' must be a list of two games, not {shown(row['games'])}")
+    for place, game in enumerate(row["games"]):
+        with at(f"column 'games[{place}]'"):
+            _verdict_of(game)
+    return row
+
+
 def _verdict_of(game: Any) -> str | None:
-    """The label of a game: its `score`, else what the text of its `judgment` says."""
-    if not isinstance(game, dict):
+    """The label of a game: its `score`, else what the text of its `judgment` says; None where the judge gave none."""
+    if game is None:
         return None
-    text = game.get("judgment")
-    text = text.get("answer") if isinstance(text, dict) else text
-    return LABELS.get(str(game["score"])) if game.get("score") is not None else read_label(str(text))[0]
+    if not isinstance(game, dict):
+        raise ConfigError(f"it is {shown(game)}, not an object with score or judgment")
+    score, said = game.get("score"), game.get("judgment")
+    if score is not None:
+        if not isinstance(score, str) or set(score) - set("AB<>="):
+            raise ConfigError(f"score is {shown(score)}, no verdict such as A>B")
+        return LABELS.get(score)
+    said = said.get("answer") if isinstance(said, dict) else said
+    if said is not None and not isinstance(said, str):
+        raise ConfigError(f"judgment is {shown(said)}, not a text")
+    return read_label(said or "")[0]
 
 
 def read_judgments(
-    rows: list[dict[str, Any]], questions: dict[str, str] | None = None
+    rows: list[Record], questions: dict[str, str] | None = None
 ) -> tuple[dict[str, dict[str, list[Judged]]], dict[str, dict[str, Counter]], list[str]]:
-    """(category -> model -> judged questions, category -> model -> counts, notes) of records {uid, model, games [2]}.
+    """(category -> model -> judged questions, category -> model -> counts, notes) of records as `as_judgment` checks.
 
-    Raises ConfigError for a record of another form, a question twice, one that is not among `questions` or, of a
-    category and model that are there, one of `questions` that is missing.
+    Raises ConfigError for a question twice, one that is not among `questions` or, of a category and model that are
+    there, one of `questions` that is missing.
     """
-    bad = [
-        i
-        for i, row in enumerate(rows, 1)
-        if not (
-            isinstance(row.get("uid"), str)
-            and isinstance(row.get("model"), str)
-            and isinstance(row.get("games"), list)
-            and len(row["games"]) == 2
-        )
-    ]
-    if bad or not rows:
-        raise ConfigError(
-            f"judgments: {len(bad)} of {len(rows)} records lack uid, model or two games, the first is "
-            f"record {bad[:1]}; arena-hard-auto's model_judgment files are expected"
-        )
     keys = Counter((row["uid"], row["model"]) for row in rows)
     judges = {str(row.get("judge")) for row in rows}
     if len(judges) > 1:
@@ -112,15 +121,15 @@ def read_judgments(
     counts: dict[str, dict[str, Counter]] = {}
     for row in rows:
         category = (questions or {}).get(row["uid"]) or row.get("category") or "uncategorised"
-        model, labels = row["model"], [_verdict_of(game) for game in row["games"]]
+        model, verdicts = row["model"], [_verdict_of(game) for game in row["games"]]
         count = counts.setdefault(category, {}).setdefault(model, Counter())
         kept = judged.setdefault(category, {}).setdefault(model, [])
         count["questions"] += 1
-        if None in labels:
+        if None in verdicts:
             count["dropped_questions"] += 1
-            count["games_without_verdict"] += labels.count(None)
+            count["games_without_verdict"] += verdicts.count(None)
             continue
-        (first, n_first), (second, n_second) = (VERDICTS[label] for label in labels)
+        (first, n_first), (second, n_second) = (VERDICTS[verdict] for verdict in verdicts)
         baseline = row.get("baseline") or BASELINES.get(category, "baseline")
         kept.append(Judged(row["uid"], model, baseline, (1 - first, second), (n_first, n_second)))
         count["battles"] += n_first + n_second
@@ -194,15 +203,32 @@ def figures(judged: list[Judged]) -> dict[str, Any]:
 # ---- style control
 
 
-def read_style(answers: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
-    """(model, uid) -> token length and counts of headers, lists and bold of answers with `metadata` and any token."""
-    return {
-        (row.get("model"), row.get("uid")): [
-            sum(v.values()) if isinstance(v, dict) else v for v in map(meta.get, STYLE)
-        ]
-        for row in answers
-        if isinstance(meta := row.get("metadata"), dict) and None not in map(meta.get, STYLE) and meta["token_len"] > 0
-    }
+def as_style(row: Record, _: str = "") -> tuple[tuple[str, str], list[float] | None]:
+    """((model, uid), token length and counts of headers, lists and bold) of an answer; None without them or any token.
+
+    Raises ConfigError naming the field for what is no count.
+    """
+    name, metadata = (text(row, "model"), label(row, "uid")), row.get("metadata")
+    if metadata is None:
+        return name, None
+    if not isinstance(metadata, dict):
+        raise ConfigError(f"column 'metadata' is {shown(metadata)}, not an object")
+    counts = []
+    for field in STYLE:
+        parts = metadata.get(field)
+        for part in parts.values() if isinstance(parts, dict) else () if parts is None else [parts]:
+            if number(part, f"column 'metadata.{field}'") < 0:
+                raise ConfigError(f"column 'metadata.{field}' is {part}, below 0")
+        counts.append(sum(parts.values()) if isinstance(parts, dict) else parts)
+    return name, counts if None not in counts and counts[0] > 0 else None
+
+
+def read_style(answers: list[tuple[tuple[str, str], list[float] | None]]) -> dict[tuple[str, str], list[float]]:
+    """(model, uid) -> style, of `as_style`'s answers that have one. Raises ConfigError for one that is there twice."""
+    twice = [name for name, count in Counter(name for name, _ in answers).items() if count > 1]
+    if twice:
+        raise ConfigError(f"answers: {len(twice)} are there more than once, the first {twice[0]}; give each once")
+    return {name: style for name, style in answers if style is not None}
 
 
 def style_differences(models: np.ndarray, baselines: np.ndarray) -> np.ndarray:
@@ -269,9 +295,11 @@ def arena_json(
     the figures are under `models`, by name.
     """
     judged, counts, notes = read_judgments(
-        read_files(judgments, "judgments"), read_questions(questions) if questions else None
+        read_files(judgments, "judgments", as_judgment), read_questions(questions) if questions else None
     )
-    style = read_style(read_files(answers, "answers")) if answers else {}
+    if category not in judged:
+        raise ConfigError(f"category = {category!r}: there are judgments of {', '.join(judged)}")
+    style = read_style(read_files(answers, "answers", as_style)) if answers else {}
     out: dict[str, dict[str, Any]] = {}
     for name, models in judged.items():
         needed = {(m, j.uid) for kept in models.values() for j in kept for m in (j.model, j.baseline)}
@@ -295,6 +323,7 @@ def arena_json(
             out.setdefault(model, {})[name] = found
     flat = {}
     for model, categories in out.items():
-        main = category if category in categories else next(iter(categories))
-        flat[model] = {"model": model, "category": main} | categories[main] | {"categories": categories}
+        if category not in categories:
+            raise ConfigError(f"category = {category!r}: of {model!r} there are judgments of {', '.join(categories)}")
+        flat[model] = {"model": model, "category": category} | categories[category] | {"categories": categories}
     return (next(iter(flat.values())) if len(flat) == 1 else {"models": flat}), notes
