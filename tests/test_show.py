@@ -1,20 +1,29 @@
 """What a browser shows: text of models is text, cards, drawings, and the page of a notebook, which loads nothing."""
 
+import base64
 import html
+import json
 import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from savelib.analysis import worst_mistakes
+from savelib.method import partition, save_loss
+from savelib.plots import moving
+from savelib.runs.folder import read_metrics, read_samples
 from savelib.show.cards import cards
 from savelib.show.html import folded, listing, table
 from savelib.show.page import export
 from savelib.show.svg import Chart, ticks
 from savelib.show.text import escaped
 
+ROOT = Path(__file__).resolve().parent.parent
 NASTY = (
     '<script>alert(1)</script><img src="https://example.org/x.png"> $x^2$ $$y$$ \\(z\\) \\begin{a}\\end{a} **b** `c` '
     "[d](https://example.org) \x1b[31mred\x1b[0m \x00\x07\x7f\x9b \u202eright to left \u2028 tab\tand\nline &amp;"
@@ -117,3 +126,72 @@ def test_a_page_has_its_mathematics_typeset(page):
     assert "$$" not in body and "<em>" not in body, "no star or underscore of a formula is taken for markdown"
     assert "<code>$x$</code>" in body
     assert "alert(1)" in shown(body) and "<script" not in body
+
+
+# figures that move
+
+
+def recorded(name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    folder = ROOT / "data/recorded" / name
+    return read_samples(folder), read_metrics(folder)
+
+
+def still_and_frames(figure: str) -> tuple[str, list[list[str]]]:
+    """The SVG of the picture that is there without scripts, and the frames (label, SVG) of the script."""
+    still = base64.b64decode(re.search(r'<img [^>]*src="data:image/svg\+xml;base64,([^"]+)"', figure)[1]).decode()
+    return still, json.loads(re.search(r"const frames = (\[.*?\]), root =", figure)[1])
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, str]:
+    samples, metrics = recorded("save")
+    right, its_metrics = recorded("save-mostly-right")
+    cells = pd.DataFrame([[10.0, -20.0], [30.0, -40.0]], index=[1.0, 2.0], columns=[0.2, 0.8])
+    return {
+        "threshold": moving.filter_by_threshold([2.0, 1.5, 0.0, -1.0], 0.625, list("abcd")).data,
+        "run": moving.filter_over_run(samples, metrics).data,
+        "histograms": moving.reward_histograms({"save": samples, "mostly right": right}).data,
+        "phase": moving.run_in_phase_diagram(cells, its_metrics).data,
+    }
+
+
+@pytest.mark.parametrize("name, count", [("threshold", 46), ("run", 30), ("histograms", 30), ("phase", 30)])
+def test_a_moving_figure_is_small_and_has_a_still_picture(name, count, figures):
+    still, frames = still_and_frames(figures[name])
+    assert len(figures[name]) < 500_000 and loads(figures[name]) == []
+    assert len(frames) == count and [still] == [svg for _, svg in frames if svg == still]
+    assert len({svg for _, svg in frames}) == count, "every frame differs"
+    for _, svg in frames:
+        ElementTree.fromstring(svg)  # well-formed, else a browser shows nothing
+    assert re.search(r"<div hidden[^>]*><button", figures[name]), "no controls without scripts"
+    assert figures[name].count("</script>") == 1
+
+
+def test_the_threshold_leaves_out_and_the_losses_push(figures):
+    svgs = dict(still_and_frames(figures["threshold"])[1])
+    assert svgs["mu = 0.50"].count("<polygon") == 4 and svgs["mu = 0.70"].count("<polygon") == 3
+    assert svgs["mu = 0.95"].count("<polygon") == 0
+    rewards, values = torch.tensor([[2.0, 1.5, 0.0, -1.0]], requires_grad=True), torch.tensor([0.625])
+    loss = save_loss(rewards, values, partition(rewards.detach() - 0.625, 0.5))
+    (gradient,) = torch.autograd.grad(loss, rewards)
+    written = [float(x) for x in re.findall(r">([+-]\d\.\d\d)<", svgs["mu = 0.50"])]
+    assert written == pytest.approx((-gradient[0]).tolist(), abs=0.006)
+
+
+def test_histograms_count_the_responses_around_a_step(figures):
+    samples, _ = recorded("save")
+    near = samples[samples["step"].between(1, 3)]
+    svg = dict(still_and_frames(figures["histograms"])[1])["step 1"]
+    assert f"right: {int((near['gold'] > 0.5).sum())} of {len(near)}" in svg and "gold unknown" not in svg
+
+
+def test_long_runs_have_no_more_frames_and_runs_without_gold_say_so():
+    samples, metrics = recorded("save")
+    long = pd.concat([samples.assign(step=samples["step"] + 30 * k) for k in range(4)])
+    figure = moving.reward_histograms({"long": long}).data
+    labels = [label for label, _ in still_and_frames(figure)[1]]
+    assert len(labels) <= 31 and (labels[0], labels[-1]) == ("step 1", "step 120") and len(figure) < 500_000
+    cells = pd.DataFrame([[1.0, 2.0]] * 2, index=[1.0, 2.0], columns=[0.2, 0.8])
+    without = metrics.drop(columns="gold/success_rate")
+    assert "Not measured" in moving.run_in_phase_diagram(cells, without).data
+    assert "Not measured" in moving.filter_over_run(samples.assign(value=None), metrics).data
