@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ from savelib.analysis import worst_mistakes
 from savelib.method import partition, save_loss
 from savelib.plots import moving
 from savelib.runs.folder import read_metrics, read_samples
+from savelib.show import live
 from savelib.show.cards import cards
 from savelib.show.html import folded, listing, table
 from savelib.show.page import export
@@ -136,10 +138,14 @@ def recorded(name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     return read_samples(folder), read_metrics(folder)
 
 
+def still(figure: str) -> str:
+    """The SVG of the first picture."""
+    return base64.b64decode(re.search(r'<img [^>]*src="data:image/svg\+xml;base64,([^"]+)"', figure)[1]).decode()
+
+
 def still_and_frames(figure: str) -> tuple[str, list[list[str]]]:
     """The SVG of the picture that is there without scripts, and the frames (label, SVG) of the script."""
-    still = base64.b64decode(re.search(r'<img [^>]*src="data:image/svg\+xml;base64,([^"]+)"', figure)[1]).decode()
-    return still, json.loads(re.search(r"const frames = (\[.*?\]), root =", figure)[1])
+    return still(figure), json.loads(re.search(r"const frames = (\[.*?\]), root =", figure)[1])
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +163,9 @@ def figures() -> dict[str, str]:
 
 @pytest.mark.parametrize("name, count", [("threshold", 46), ("run", 30), ("histograms", 30), ("phase", 30)])
 def test_a_moving_figure_is_small_and_has_a_still_picture(name, count, figures):
-    still, frames = still_and_frames(figures[name])
+    picture, frames = still_and_frames(figures[name])
     assert len(figures[name]) < 500_000 and loads(figures[name]) == []
-    assert len(frames) == count and [still] == [svg for _, svg in frames if svg == still]
+    assert len(frames) == count and [picture] == [svg for _, svg in frames if svg == picture]
     assert len({svg for _, svg in frames}) == count, "every frame differs"
     for _, svg in frames:
         ElementTree.fromstring(svg)  # well-formed, else a browser shows nothing
@@ -195,3 +201,52 @@ def test_long_runs_have_no_more_frames_and_runs_without_gold_say_so():
     without = metrics.drop(columns="gold/success_rate")
     assert "Not measured" in moving.run_in_phase_diagram(cells, without).data
     assert "Not measured" in moving.filter_over_run(samples.assign(value=None), metrics).data
+
+
+# the picture of a run as it goes
+
+
+class FakeKernel:
+    """A kernel whose front end may, or may not, ask a person for input."""
+
+    def __init__(self, allow_stdin: bool):
+        self.kernel, self.allow_stdin = self, allow_stdin
+
+    def get_parent(self) -> dict:
+        return {"content": {"allow_stdin": self.allow_stdin}}
+
+
+class FakeDisplay(list):
+    """What was displayed and updated: ("display" or "update", the data)."""
+
+    def __call__(self, data, raw, display_id):
+        self.append(("display", data))
+        return self
+
+    def update(self, data, raw):
+        self.append(("update", data))
+
+
+@pytest.mark.parametrize("kernel, watched", [(None, False), (FakeKernel(False), False), (FakeKernel(True), True)])
+def test_the_live_picture_is_drawn_again_in_place_where_a_person_watches(kernel, watched, monkeypatch):
+    shown = FakeDisplay()
+    monkeypatch.setattr("IPython.get_ipython", lambda: kernel)
+    monkeypatch.setattr("IPython.display.display", shown)
+    picture, (_, metrics) = live.Picture(30), recorded("save")
+    rows = metrics.to_dict("records")
+    picture([], "starting")
+    picture(rows[:5], "too soon after the first")
+    picture(rows, "step 30/30 <b>", last=True)
+    assert [kind for kind, _ in shown] == ["display", "update"] * watched
+    if watched:
+        assert shown[0][1]["text/plain"] == "starting" and "<img" not in shown[0][1]["text/html"]
+        svg, _ = re.subn(r"</?tspan>", "", html.unescape(still(shown[1][1]["text/html"])))
+        assert "<b>" not in shown[1][1]["text/html"]
+        for name, metric in (("gold", "eval/gold"), ("accuracy, fixed pairs", "eval/rm_accuracy")):
+            assert f"{name} {metrics[metric].dropna().iloc[-1]:.2f}" in svg
+        assert "Mean reward of the batch" in svg and "kept share 1.00" in svg
+
+
+def test_the_picture_of_a_run_that_measures_little_is_drawn():
+    ElementTree.fromstring(live.draw([{"step": 0}], 10))
+    ElementTree.fromstring(live.draw([{"step": s, "reward/mean": 1.0, "eval/gold": math.nan} for s in (0, 1)], 10))

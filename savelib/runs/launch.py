@@ -21,7 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from savelib.config import Config
 from savelib.paths import code_digest, resolve, runs_dir
 from savelib.processes import launched_by_torchrun
-from savelib.runs.folder import PACE, mark_failed, new_run_id, progress_line, read_jsonl, read_manifest
+from savelib.runs.folder import mark_failed, new_run_id, progress_line, read_jsonl, read_manifest
+from savelib.show.live import Picture
 
 # errors of a process whose partner is gone: never the reason, if there is another
 PARTNER_GONE = re.compile(r"Connection (reset|closed|refused)|Broken pipe|gloo|NCCL|ProcessGroup|Socket", re.IGNORECASE)
@@ -56,14 +57,14 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
     """Run `python -m savelib train` with this config, wait for it, and return the run's folder.
 
     With several processes or DeepSpeed, torchrun starts them on this machine, on a free port. say: called with the
-    progress line whenever it changes; by default lines are printed (and, in JupyterLab, a live one is shown). All
+    progress line whenever it changes; by default lines are printed, and JupyterLab shows a picture of the run. All
     processes die with this one: on an interrupt, an error or a kill.
     Raises RunFailed with the error of the process that failed first.
     """
     config = config.model_copy(update={"run_id": new_run_id(config)})
     folder = runs_dir() / config.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    say = say or _Progress(config)
+    say, picture = say or _Progress(config), Picture(config.total_steps)
     with tempfile.TemporaryDirectory() as private, open(folder / "train.log", "a+") as log:
         (Path(private) / "config.yaml").write_text(config.to_yaml())
         words = ["-m", "savelib", "train", "--config", f"{private}/config.yaml"]
@@ -82,11 +83,13 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
         )
         try:
             while process.poll() is None:
-                say(watched.line())
+                say(line := watched.line())
+                picture(watched.rows, line)
                 time.sleep(0.5)
             say(watched.line())
         finally:
             _stop(process)
+            picture(watched.rows, watched.line(), last=True)
         status = read_manifest(folder)["status"] if (folder / "config.yaml").is_file() else "missing"
         if process.returncode and status == "stopped" and watched.begun():
             raise RunFailed(
@@ -174,32 +177,21 @@ class _Watched:
         """The last step's figures and the time left; before the first step, the last that savelib said itself."""
         rows = map(json.loads, self.metrics())
         self.rows += [row for row in rows if (row["step"], row["seconds"]) not in self.earlier]
-        self.rows = self.rows[-PACE:]
         self.said = ([self.said] + [line.strip() for line in self.log() if OWN_LINE.match(line)])[-1]
         return progress_line(self.rows, self.total_steps) if self.rows else self.said
 
 
 class _Progress:
-    """Prints a line each tenth of the steps; in a notebook's front end, one live line besides."""
+    """Prints a line each tenth of the steps."""
 
     def __init__(self, config: Config):
         self.total, self.every = config.total_steps, max(1, config.total_steps // 10)
         self.shown, self.printed = "", -1
-        try:
-            from IPython import get_ipython
-            from IPython.display import display
-
-            kernel = getattr(get_ipython(), "kernel", None)  # a terminal's IPython has none
-            self.live = display({"text/plain": ""}, raw=True, display_id=True) if kernel else None
-        except ImportError:
-            self.live = None
 
     def __call__(self, line: str) -> None:
         if line == self.shown:
             return
         self.shown = line
-        if self.live:
-            self.live.update({"text/plain": line}, raw=True)
         step = int(line.split()[1].split("/")[0]) if line.startswith("step ") else None
         if step is None or step == self.total or step // self.every != self.printed:
             self.printed = self.printed if step is None else step // self.every
