@@ -92,12 +92,13 @@ def plan(
     set_: Pairs = [],  # noqa: B006
     gpus: Annotated[int | None, typer.Option(help="GPUs; default: num_processes")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="GiB of each; default: this machine's GPU, else 80")] = None,
+    gpu: Annotated[str, typer.Option(help="whose time is told: a100, h100 or h200")] = "a100",
 ) -> None:
-    """Print what memory each setting needs on each GPU, from the models' configs alone, and which fit."""
+    """Print the memory that each setting needs on each GPU, which fit, and how long the run takes."""
     from savelib.runs.plan import describe_plan
 
     try:
-        print(describe_plan(_made(profile, config, set_), gpus, memory_gb))
+        print(describe_plan(_made(profile, config, set_), gpus, memory_gb, gpu))
     except ConfigError as error:
         fail(error)
 

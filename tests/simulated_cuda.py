@@ -189,7 +189,7 @@ SCALARS_TOO = {  # pointwise, though not marked so
 
 
 class Kernels(TorchDispatchMode):
-    """drawn: how often a device's own random numbers were asked for."""
+    """calls: kernels that ran on a device; drawn: how often a device's own random numbers were asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,11 +205,11 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self.calls += 1
         device = self.common(func, args, kwargs) if self.checking and func not in COPIES else None
         out = func(*args, **kwargs)
         if device is not None and device.type == "cuda":
             claim(out, device)
+            self.calls += 1
             # attention draws for its dropout alone
             random = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.name()
             self.drawn += random

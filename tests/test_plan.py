@@ -1,6 +1,7 @@
-"""The memory plan against what PyTorch, PEFT and bitsandbytes allocate for small models of the paper's kinds."""
+"""The plan: memory against what PyTorch, PEFT and bitsandbytes allocate, time against measured steps."""
 
 import json
+import math
 import weakref
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny_models import byte_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,15 +20,18 @@ from transformers import (
 
 from savelib.config import ConfigError, make_config
 from savelib.data.pairs_and_prompts import Prompt
+from savelib.experiments import cost
 from savelib.models.adapters import with_adapters
 from savelib.models.compute import recomputing
 from savelib.models.reward_model import Encoded, RewardModel
 from savelib.models.rollout import Rollout, completion_logprobs, sample
-from savelib.runs import memory, plan
+from savelib.paths import project_root
+from savelib.runs import hours, memory, plan
 from savelib.runs import sizes as counted
 
 KINDS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 POLICY, REWARD = "policy_model", "reward_model"
+MEASURED = project_root() / "data" / "results" / "cost_cpu"
 BASE = dict(
     vocab_size=320, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0,
@@ -99,8 +104,9 @@ def in_half(on):
 def rollout_of(rows, prompt, new):
     """Random tokens; a prompt shorter than its width, so that there is a padding mask."""
     return Rollout(
-        [], torch.randint(1, 300, (1, prompt)), torch.tensor([prompt - 3]), torch.randint(1, 300, (1, rows, new)),
-        torch.full((1, rows), new), torch.ones(1, rows, dtype=torch.bool), [],
+        prompts=[], prompt_ids=torch.randint(1, 300, (1, prompt)), prompt_lengths=torch.tensor([prompt - 3]),
+        completion_ids=torch.randint(1, 300, (1, rows, new)), completion_lengths=torch.full((1, rows), new),
+        finished=torch.ones(1, rows, dtype=torch.bool), texts=[],
     )  # fmt: skip
 
 
@@ -381,3 +387,92 @@ def test_bucket_sizes_are_those_of_the_deepspeed_files(tmp_path, monkeypatch):
     after = memory_of(paper, 4, 80).set_index("setting")["gradients"]
     assert (after.filter(like="deepspeed") > before.filter(like="deepspeed") + 1).all()
     assert (after["ddp"] == before["ddp"]).all()
+
+
+# time
+
+
+def shape(folder, name):
+    """(Sizes of a size of the bench, its work, its measured seconds by phase)."""
+    size, sizes = cost.SIZES[name], []
+    for field, kind in zip((POLICY, REWARD), cost.SHAPES[size.shape], strict=True):
+        kind(num_labels=1).save_pretrained(folder / field)
+        sizes.append(counted.model_sizes(str(folder / field), field))
+    work = hours.Work(size.batch, size.group, size.prompt, size.new, width=4, rm_steps=1)
+    return sizes, work, cost.phases(cost.load(MEASURED)[1], name)["save"]
+
+
+def test_seconds_are_those_measured_on_a_cpu(tmp_path):
+    """Sizes b and c within 30%, from that CPU's two rates and the shares of them that sizes a and a256 reached."""
+    rate = cost.load(MEASURED)[0]["rates"]["cpu"]
+    phases = hours.STEP_PHASES[:-1]  # one process has no transfers
+
+    def seconds(name, shares):
+        (policy, reward), work, measured = shape(tmp_path, name)
+        machine = hours.Machine(
+            rate["flops_per_second"], rate["flops_per_second"], rate["bytes_per_second"], efficiency=shares
+        )
+        return hours.step_seconds(work, policy, reward, machine), measured
+
+    reached = {}
+    for phase in phases:
+        pairs = [seconds(name, dict.fromkeys(hours.STEP_PHASES, 1.0)) for name in ("a", "a256")]
+        reached[phase] = math.prod(floor[phase] / measured[phase] for floor, measured in pairs) ** 0.5
+    assert all(0.2 < share < 0.8 for share in reached.values())
+    for name in ("b", "c"):
+        expected, measured = seconds(name, reached)
+        assert sum(expected.values()) == pytest.approx(measured["step"], rel=0.3)
+        for phase in phases[1:]:
+            if measured[phase] > 0.1:
+                assert expected[phase] == pytest.approx(measured[phase], rel=0.35), phase
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_work_of_an_update_is_what_a_flop_counter_sees(tmp_path, monkeypatch, again):
+    sizes, policy = made(tmp_path)
+    rows, prompt, new = 6, 20, 12
+    with FlopCounterMode(display=False) as counter:
+        data = rollout_of(rows, prompt, new)
+        completion_logprobs(policy, data, torch.arange(rows), settings(gradient_checkpointing=again)).sum().backward()
+    work = hours.Work(1, rows, prompt - 3, new, width=4, checkpointing=again)
+    expected = work.passes * hours.forward_flops(sizes, work, shared=not again, head=True)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.15)  # padding; attention to the future
+
+
+def test_the_papers_hours_and_the_length_that_explains_them(monkeypatch):
+    paper = make_config(profile="paper", policy_model="Qwen/Qwen3-4B-Instruct-2507")
+    models = counted.models_of(paper)
+    hours_of = lambda c: hours.hours_plan(c, models, "a100").set_index("GPUs")["hours"][4]  # noqa: E731
+    assert hours_of(paper) == pytest.approx(43, abs=0.5)
+    assert hours_of(paper.model_copy(update={"max_new_tokens": 730})) == pytest.approx(29, abs=0.5)
+    said = " ".join(plan.describe_plan(paper, 4, 80, "a100").split())
+    assert "43 hours here" in said and "29 with 730" in said and "No GPU has confirmed these numbers" in said
+    assert max(map(len, plan.describe_plan(paper, 4, 80, "h200").splitlines())) <= 112
+
+
+def test_time_falls_where_it_must():
+    one = make_config(profile="single_gpu", batch_size=24)
+    models = counted.models_of(one)
+    frame = hours.hours_plan(one, models, "h100").set_index("GPUs")
+    assert list(frame.index) == [1, 2, 3, 4, 6, 8]
+    assert frame["step"].is_monotonic_decreasing and frame["hours"][1] == pytest.approx(frame["step"][1] * 320 / 3600)
+    assert frame["step"][1] < 1.05 * 8 * frame["step"][8], "nothing but transfers grows"
+    assert hours.hours_plan(one, models, "h200")["rollout"][0] < frame["rollout"][1]
+    for changed, phase in (
+        (dict(rule="frozen"), "RM update"), (dict(freeze_policy=True), "policy forward/backward"),
+        (dict(gradient_checkpointing=False), "policy forward/backward"), (dict(max_new_tokens=512), "rollout"),
+        (dict(rule="ser"), "RM update"),
+    ):  # fmt: skip
+        less = hours.hours_plan(one.model_copy(update=changed), models, "h100").set_index("GPUs")
+        assert (less[phase] < frame[phase]).all(), changed
+    backends = {
+        b: hours.hours_plan(one.model_copy(update=dict(backend=b, lora_rank=0)), models, "h100").set_index("GPUs")
+        for b in ("ddp", "deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3")
+    }
+    assert backends["ddp"]["transfers"][1] == 0 and (frame["transfers"] < backends["ddp"]["transfers"])[1:].all()
+    transfers = [frame["transfers"][8] for frame in backends.values()]
+    assert transfers == sorted(transfers)
+    assert backends["deepspeed_zero2"]["optimizer"][8] < backends["ddp"]["optimizer"][8]
+    assert backends["deepspeed_zero2_offload"]["optimizer"][8] > backends["ddp"]["optimizer"][8]
+    with pytest.raises(ConfigError, match="gpu = 'v100': not one of a100, h100, h200"):
+        hours.hours_plan(one, models, "v100")

@@ -47,6 +47,7 @@ from savelib.models.adapters import plain
 from savelib.models.compute import peak_memory, reset_peak_memory
 from savelib.models.rollout import Rollout
 from savelib.paths import project_root, runs_dir, write_atomically
+from savelib.runs.hours import STEP_PHASES, Machine, Work, step_seconds
 from savelib.runs.memory import GIB, cache_bytes
 from savelib.runs.sizes import PAPER_MODELS, Sizes, model_sizes
 from savelib.training.algorithm import save_step
@@ -431,30 +432,13 @@ def floor(size: Size, policy: Sizes, reward: Sizes, rate: dict[str, float], syst
 
     FLOPs over the matmul's rate; decoding: that, or weights and keys and values read once a token over the bandwidth.
     """
-    rows, prompt, new = size.batch * size.group, size.prompt, size.new
-    speed, width = rate["flops_per_second"], 4 if size.device == "cpu" else 2
-    mean = prompt + new / 2  # how far back a response's token looks
-
-    def flops(m: Sizes, tokens: float, back: float) -> float:
-        """Of a forward of the blocks: linear layers, and attention to `back` tokens."""
-        return tokens * (2 * sum(o * i for o, i in m.linear) + 4 * m.layers * m.queries * back)
-
-    def forward(m: Sizes) -> float:
-        return flops(m, size.batch * prompt, prompt / 2) + flops(m, rows * new, mean)
-
-    head = 2 * policy.hidden * policy.vocab * rows * new
-    weights = sum(o * i for o, i in policy.linear) + policy.hidden * policy.vocab
-    read = new * (width * weights + cache_bytes(policy, rows, 1, width == 2) * mean)  # bytes
-    decode = max((flops(policy, rows * new, mean) + head) / speed, read / rate["bytes_per_second"])
-    update = 3 * forward(reward) / speed if system == "save" else 0.0
-    trained = sum(policy.adapters(size.fields["lora_rank"])) if size.fields.get("lora_rank") else policy.total
-    return dict.fromkeys(PHASES, 0.0) | {
-        "rollout": flops(policy, size.batch * prompt, prompt / 2) / speed + decode,
-        "reward scoring": forward(reward) / speed, "RM update": update,
-        "reference log-probs": (forward(policy) + head) / speed,
-        "policy forward/backward": 3 * (forward(policy) + head) / speed,
-        "optimizer": 7 * 4 * trained / rate["bytes_per_second"],  # weight, gradient, moments; all but one written too
-    }  # fmt: skip
+    work = Work(
+        size.batch, size.group, size.prompt, size.new, width=4 if size.device == "cpu" else 2, repeated=False,
+        rank=size.fields.get("lora_rank", 0), rm_steps=int(system == "save"),
+    )  # fmt: skip
+    speed, whole = rate["flops_per_second"], dict.fromkeys(STEP_PHASES, 1.0)
+    seconds = step_seconds(work, policy, reward, Machine(speed, speed, rate["bytes_per_second"], efficiency=whole))
+    return {phase: seconds.get(phase, 0.0) for phase in PHASES}
 
 
 def run(sizes: list[str], repeats: int, out: Path | None = None, say: Callable[[str], None] = print) -> Path:

@@ -1,4 +1,4 @@
-"""The plan of a run as text, before it starts."""
+"""The plan of a run as text, before it starts: memory and time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import textwrap
 import pandas as pd
 
 from savelib.config import Config
+from savelib.runs.hours import PAPER_HOURS, hours_plan
 from savelib.runs.memory import GIB, PROMPT_TOKENS, USABLE, fields_of, machine, memory_plan
-from savelib.runs.sizes import models_of
+from savelib.runs.sizes import Sizes, models_of
 
 
-def describe_plan(config: Config, gpus: int | None = None, memory_gb: float | None = None) -> str:
-    """The plan as text: models, assumptions, table, and the first setting that fits with the flags that choose it."""
+def describe_plan(
+    config: Config, gpus: int | None = None, memory_gb: float | None = None, gpu: str | None = None
+) -> str:
+    """The plan as text: models, assumptions, table, and the first setting that fits with the flags that choose it.
+
+    gpu: one of `hours.GPUS`, for which the time is added.
+    """
     gpus, memory_gb = machine(config, gpus, memory_gb)
     models = models_of(config)
     frame = memory_plan(config, models, gpus, memory_gb)
@@ -39,7 +45,31 @@ def describe_plan(config: Config, gpus: int | None = None, memory_gb: float | No
     shown = frame.rename(columns=short)
     shown = shown.assign(**{column: shown[column].map(said) for column, said in words.items()})
     lines += [shown.to_string(index=False, float_format="{:.1f}".format), ""]
-    return "\n".join(lines + [textwrap.fill(_advice(config, frame, gpus), 110, break_on_hyphens=False)])
+    lines.append(_filled(_advice(config, frame, gpus)))
+    return "\n".join(lines + ([_describe_hours(config, models, gpu)] if gpu else []))
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 110, break_on_hyphens=False)
+
+
+def _describe_hours(config: Config, models: tuple[Sizes, Sizes], gpu: str) -> str:
+    """The table of times, what it assumes, and the paper's hours."""
+    short = {
+        "reward scoring": "scoring",
+        "reference log-probs": "reference",
+        "policy forward/backward": "policy update",
+    }
+    frame = hours_plan(config, models, gpu).rename(columns=short)
+    setting = f"LoRA of rank {config.lora_rank}" if config.lora_rank else config.backend
+    said = (
+        f"{setting}, gradient_checkpointing={str(config.gradient_checkpointing).lower()}, {config.total_steps} steps; "
+        "stages 1 and 2 and evaluations left out. No GPU has confirmed these numbers: they are the work of each phase "
+        "over datasheet rates, of which a phase reaches a share that is assumed (savelib/runs/hours.py)."
+    )
+    table = frame.to_string(index=False, float_format="{:.1f}".format)
+    title = f"seconds a step of each phase, and hours of the run, on {gpu.upper()} GPUs"
+    return "\n".join(["", title, _filled(said), "", table, "", _filled(PAPER_HOURS)])
 
 
 def _advice(config: Config, frame: pd.DataFrame, gpus: int) -> str:
