@@ -1,51 +1,92 @@
-"""`python -m savelib`: training (train, runs, plan, config, glossary, notebook) and evaluation (the others)."""
+"""`python -m savelib`: training (train, runs, plan, config, glossary, notebook) and evaluation (the others).
+
+Each command imports what it needs, so that help comes at once.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
+from typer.core import TyperGroup
 
-from savelib.config import Config, ConfigError, make_config
+from savelib.errors import sentence
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+if TYPE_CHECKING:
+    from savelib.config import Config
+
+LONGEST = 2000  # characters of an error
+
+
+class Door(TyperGroup):
+    """Where every error of a command ends: one sentence and exit code 2, or a traceback where savelib is to blame."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **more)
+        except Exception as error:
+            code = self.explain(error)
+        sys.exit(code)
+
+    def explain(self, error: Exception) -> int:
+        """Say it on stderr; the exit code."""
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error)
+            return 0
+        if hasattr(error, "format_message"):  # the command line's own
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "python -m savelib"
+            return fail(f"{error.format_message().rstrip('.')}; see `{path} --help`")
+        said = sentence(error)
+        if said is None:
+            traceback.print_exception(error)
+            print("this is a bug in savelib: please report it with the lines above", file=sys.stderr, flush=True)
+            return 1
+        return fail(said)
+
+
+app = typer.Typer(
+    cls=Door, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help=__doc__.partition("\n")[0],
+)  # fmt: skip
 Profile = Annotated[str | None, typer.Option(help="tiny, smol, single_gpu or paper")]
 File = Annotated[Path | None, typer.Option("--config", help="YAML file of config fields")]
 Pairs = Annotated[list[str], typer.Option("--set", help="name=value of any config field; repeatable")]
 
 
-def fail(error: Exception | str) -> None:
-    """One sentence on stderr, and the traceback of a process that failed; exit code 2."""
-    sentence, _, traceback = str(error).partition("\nTraceback")
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    if traceback:
-        print("Traceback" + traceback, file=sys.stderr, flush=True)
-    raise typer.Exit(2)
+def fail(said: str) -> int:
+    """One sentence on stderr, and the traceback of a process that failed; the exit code."""
+    said, _, trace = said.partition("\nTraceback")
+    said = " ".join(said.split())
+    print(f"error: {said if len(said) <= LONGEST else said[:LONGEST] + ' ...'}", file=sys.stderr, flush=True)
+    if trace:
+        print("Traceback" + trace, file=sys.stderr, flush=True)
+    return 2
+
+
+@contextmanager
+def interruptible(how: str) -> Iterator[None]:
+    """An interrupt is answered by how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped; {how}", file=sys.stderr, flush=True)
+        raise
+
+
+CALL_AGAIN = "call it again to resume: what is done is kept"
 
 
 def _made(profile: str | None, file: Path | None, pairs: list[str]) -> Config:
-    return make_config(file=file, **({"profile": profile} if profile else {}) | _values(pairs))
+    from savelib.config import from_texts, make_config
 
-
-def _values(pairs: list[str]) -> dict:
-    """name=value texts -> typed values, as YAML reads them (1e-6 is a number too)."""
-    out = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"{pair!r}: write name=value")
-        typed = yaml.safe_load(value) if value else ""
-        if isinstance(typed, str) and value:
-            with suppress(ValueError):
-                typed = float(value)
-        out[name] = typed
-    return out
+    return make_config(file=file, **({"profile": profile} if profile else {}) | from_texts(pairs))
 
 
 @app.command()
@@ -55,19 +96,20 @@ def train(
     set_: Pairs = [],  # noqa: B006
 ) -> None:
     """Run SAVE; the result is a folder under runs/. Several processes are started here, unless torchrun did."""
-    from savelib.processes import is_main, launched_by_torchrun
-    from savelib.runs.checkpoint import CheckpointError
-    from savelib.runs.launch import RunFailed, launch, needs_torchrun, worker
-    from savelib.training.engine import FrozenWeightsError
-    from savelib.training.scoring import NonFiniteError
+    made = _made(profile, config, set_)
 
-    try:
-        made = _made(profile, config, set_)
-        folder = launch(made) if needs_torchrun(made) and not launched_by_torchrun() else worker(made)
-        if is_main():
-            print(folder)
-    except (ConfigError, NonFiniteError, FrozenWeightsError, CheckpointError, RunFailed, ModuleNotFoundError) as error:
-        fail(error)
+    from savelib.processes import is_main, launched_by_torchrun
+    from savelib.runs.folder import new_run_id
+    from savelib.runs.launch import launch, needs_torchrun, worker
+
+    if launched_by_torchrun():
+        folder = worker(made)
+    else:
+        made = made.model_copy(update={"run_id": new_run_id(made)})
+        with interruptible(f"resume with the same command and --set run_id={made.run_id} --set resume=auto"):
+            folder = launch(made) if needs_torchrun(made) else worker(made)
+    if is_main():
+        print(folder)
 
 
 @app.command("config")
@@ -77,10 +119,9 @@ def show_config(
     set_: Pairs = [],  # noqa: B006
 ) -> None:
     """Print every field of a configuration: value, place in the paper, meaning."""
-    try:
-        made = _made(profile, config, set_)
-    except ConfigError as error:
-        fail(error)
+    from savelib.config import Config
+
+    made = _made(profile, config, set_)
     for name, field in Config.model_fields.items():
         print(f"{name}: {getattr(made, name)!r}  # {field.json_schema_extra['paper']}: {field.description}")
 
@@ -95,12 +136,11 @@ def plan(
     gpu: Annotated[str, typer.Option(help="whose time is told: a100, h100 or h200")] = "a100",
 ) -> None:
     """Print the memory that each setting needs on each GPU, which fit, and how long the run takes."""
+    made = _made(profile, config, set_)
+
     from savelib.runs.plan import describe_plan
 
-    try:
-        print(describe_plan(_made(profile, config, set_), gpus, memory_gb, gpu))
-    except ConfigError as error:
-        fail(error)
+    print(describe_plan(made, gpus, memory_gb, gpu))
 
 
 @app.command()
@@ -128,33 +168,17 @@ def notebook(
     parameters: Annotated[list[str], typer.Option("-p", help="name=value, as papermill's -p; repeatable")] = [],  # noqa: B006
 ) -> None:
     """Run notebook 03 by papermill into a new run folder, with an HTML copy, and print what came out."""
-    import papermill
+    from savelib.config import from_texts, make_config
+    from savelib.runs.folder import new_run_id
+    from savelib.runs.notebook import run_notebook
 
-    from savelib.paths import runs_dir
-    from savelib.runs.folder import new_run_id, refuse_existing
-    from savelib.show.page import export
-
-    try:
-        values = _values(parameters)
-        config = make_config(**values)
-        values["run_id"] = new_run_id(config)
-        folder = runs_dir() / values["run_id"]
-        if config.resume == "never":
-            refuse_existing(values["run_id"])
-    except ConfigError as error:
-        fail(error)
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / path.name
-    try:
-        papermill.execute_notebook(path, out, values, progress_bar=False, log_output=True, stdout_file=sys.stdout)
-    except papermill.PapermillExecutionError as error:
-        print(f"{error.ename}: {error.evalue}", file=sys.stderr)
-        fail(f"the notebook stopped; it is {out}")
-    finally:
-        if out.exists():
-            export(out)
-    print(summary(folder))
-    print(f"\nlook at   {out.with_suffix('.html')}\nfiles in  {folder}")
+    values = from_texts(parameters)
+    config = make_config(**values)
+    config = config.model_copy(update={"run_id": new_run_id(config)})
+    with interruptible(f"resume with the same command and -p run_id={config.run_id} -p resume=auto"):
+        out = run_notebook(path, config, list(values))
+    print(summary(out.parent))
+    print(f"\nlook at   {out.with_suffix('.html')}\nfiles in  {out.parent}")
 
 
 @app.command()
@@ -170,22 +194,30 @@ def study(
     quick: Annotated[bool, typer.Option("--quick", help="one seed, three steps: whether everything runs")] = False,
 ) -> None:
     """Run the cells of tables that are missing, by notebooks 03 and 05, and write their tables."""
-    from savelib.experiments.study import as_text, read_seeds, read_study, read_tables, run_study
+    from savelib.config import from_texts
+    from savelib.experiments.study import (
+        as_text,
+        check_before_work,
+        jobs_of,
+        read_seeds,
+        read_studies,
+        read_tables,
+        run_study,
+    )
 
-    failed: dict[str, str] = {}
-    try:
-        values = ({"profile": profile} if profile else {}) | _values(set_)
-        numbers = read_seeds(seeds)
-        for file in files:
-            read_study(file)  # a bad one should cost no time
-        for file in files:
-            folder, errors = run_study(file, numbers, jobs, benchmarks, data_dir, plain, quick, **values)
+    values = ({"profile": profile} if profile else {}) | from_texts(set_)
+    numbers, failed = read_seeds(seeds), {}
+    studies = read_studies(files)  # a bad one should cost no time
+    for name, study in studies.items():
+        jobs_of(study, numbers[:1], **values)
+        check_before_work(name, study, benchmarks, data_dir)
+    with interruptible(CALL_AGAIN):
+        for name, study in studies.items():
+            folder, errors = run_study(name, study, numbers, jobs, benchmarks, data_dir, plain, quick, **values)
             failed |= errors
             if (folder / "summary.csv").stat().st_size > 1:  # else no run was done
                 print(f"\n{as_text(read_tables(folder)[1])}")
             print(f"\ntables in {folder}\n")
-    except ConfigError as error:
-        fail(error)
     for run, error in failed.items():
         print(f"failed: {run}: {error}", file=sys.stderr)
     if failed:
@@ -203,13 +235,12 @@ def evaluate(
     set_: Pairs = [],  # noqa: B006
 ) -> None:
     """Score reward-model benchmarks; an interrupted call goes on where it stopped."""
+    config = _made(None, None, set_)
+
     from savelib.benchmarks.scoring import evaluate as run
 
-    try:
-        run(model, benchmarks.split(","), data_dir, out, config=make_config(**_values(set_)), max_length=max_length,
-            truncation=truncation)  # fmt: skip
-    except ConfigError as error:
-        fail(error)
+    with interruptible(CALL_AGAIN):
+        run(model, benchmarks.split(","), data_dir, out, config=config, max_length=max_length, truncation=truncation)
 
 
 @app.command()
@@ -221,7 +252,7 @@ def score(
     """Print a benchmark's figures of given scores as JSON."""
     from savelib.benchmarks.scoring import score_file
 
-    _print_json(lambda: (score_file(benchmark, data, scores), []))
+    _print_json(score_file(benchmark, data, scores))
 
 
 @app.command()
@@ -235,8 +266,11 @@ def respond(
 ) -> None:
     """Sample a policy's responses to AlpacaEval's or Arena-Hard's prompts, as in table 8."""
     from savelib.benchmarks.judged.responses import TABLE8, generate
+    from savelib.config import from_texts, make_config
 
-    _print_json(lambda: (generate(policy, benchmark, prompts, out, make_config(**TABLE8 | _values(set_)), name), []))
+    config = make_config(**TABLE8 | from_texts(set_))
+    with interruptible(CALL_AGAIN):
+        _print_json(generate(policy, benchmark, prompts, out, config, name))
 
 
 @app.command()
@@ -264,8 +298,11 @@ def judge(
     from savelib.benchmarks.judged.judge import judge as run
 
     endpoint = Endpoint(base_url, model, key_env, timeout, retries, concurrency, price_in, price_out)
-    _print_json(lambda: (run(benchmark, outputs, baseline, out, endpoint, questions=questions, category=category,
-                             template=template, seed=seed, allow_missing=allow_missing), []))  # fmt: skip
+    with interruptible(CALL_AGAIN):
+        _print_json(
+            run(benchmark, outputs, baseline, out, endpoint, questions=questions, category=category,
+                template=template, seed=seed, allow_missing=allow_missing)
+        )  # fmt: skip
 
 
 @app.command()
@@ -280,7 +317,7 @@ def alpaca(
     """Print AlpacaEval 2's win rate, standard error and length-controlled win rate as JSON."""
     from savelib.benchmarks.judged.alpaca import alpaca_json
 
-    _print_json(lambda: alpaca_json(annotations, difficulty, gamed, weights, model, instructions))
+    _print_json(*alpaca_json(annotations, difficulty, gamed, weights, model, instructions))
 
 
 @app.command()
@@ -293,7 +330,7 @@ def arena(
     """Print Arena-Hard's score, interval, style-controlled score and counts as JSON."""
     from savelib.benchmarks.judged.arena import arena_json
 
-    _print_json(lambda: arena_json(judgments, questions, answers or None, category))
+    _print_json(*arena_json(judgments, questions, answers or None, category))
 
 
 @app.command()
@@ -307,19 +344,12 @@ def bench(
     from savelib.experiments.cost import DEFAULT_SIZES, report, run
 
     wanted = ["quick"] if quick else sizes.split(",") if sizes else list(DEFAULT_SIZES)
-    try:
-        folder = run(wanted, 2 if quick else repeats, out)
-    except ConfigError as error:
-        fail(error)
+    folder = run(wanted, 2 if quick else repeats, out)
     print(f"\n{report(folder)}\n\nfiles in  {folder}")
 
 
-def _print_json(make: Callable[[], tuple[dict, list[str]]]) -> None:
+def _print_json(figures: dict, notes: list[str] = []) -> None:  # noqa: B006
     """Figures on stdout, notes on stderr."""
-    try:
-        figures, notes = make()
-    except ConfigError as error:
-        fail(error)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(json.dumps(figures, indent=2, ensure_ascii=False))

@@ -7,17 +7,20 @@ field default < profile < YAML file < explicit values. Unknown keys are refused 
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import math
 import re
 import reprlib
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from savelib.errors import ConfigError
 from savelib.method import ALGORITHMS, RULES
 
 LARGEST = 1_000_000  # of a whole number without a limit of its own
@@ -26,10 +29,6 @@ LARGEST_RATE = 1e30  # of learning: what float32 can hold, with room
 MOST_TOKENS = 10**9  # sampled at a time: a random number each
 MAY_BE_EMPTY = ("run_id", "preferences", "eval_preferences", "eval_prompts_source", "guard_preferences")
 RESERVED = ("studies",)  # folders under runs/ that hold no run
-
-
-class ConfigError(ValueError):
-    """Bad configuration, data or model: the message names the field, the value and what to do."""
 
 
 def _field(default: Any, paper: str, description: str, stage: int = 0, **constraints: Any) -> Any:
@@ -470,6 +469,28 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits
         return f"{type(value).__name__} too long to print"
+
+
+def from_texts(pairs: Iterable[str]) -> dict[str, Any]:
+    """name=value texts, as the command line has them -> values. A text field keeps its text to the letter.
+
+    For other fields a number is one in any spelling (1e3 steps); the rest is text, which the field reads or refuses.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{pair!r}: write name=value")
+        field = Config.model_fields.get(name)
+        values[name] = _number(value) if field and field.annotation in (int, float) else value
+    return values
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def check_names(names: Any, valid: Any) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+MEETING = "SAVE_MEETING"  # environment variable: the file by which a run's processes find each other, as file://...
 
 
 def main_first(build: Callable[..., T], *arguments: Any) -> T:

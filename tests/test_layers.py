@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "savelib"
 FLOORS = [  # lowest first; parts of one floor do not import each other
+    {"errors", "signals"},
     {"method", "paths", "processes", "progress", "show"},
     {"config"},
     {"data"},

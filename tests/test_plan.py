@@ -2,10 +2,13 @@
 
 import json
 import math
+import socketserver
+import threading
 import weakref
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny_models import byte_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -476,3 +479,27 @@ def test_time_falls_where_it_must():
     assert backends["deepspeed_zero2_offload"]["optimizer"][8] > backends["ddp"]["optimizer"][8]
     with pytest.raises(ConfigError, match="gpu = 'v100': not one of a100, h100, h200"):
         hours.hours_plan(one, models, "v100")
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, tmp_path, caplog):
+    """A server that hangs up stands for a network that is down; offline, nobody is asked at all."""
+    asked = []
+
+    class HangsUp(socketserver.BaseRequestHandler):
+        def handle(self):
+            asked.append(self.request.recv(1000).split()[:2])
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        for offline in (True, False):
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+            assert plan.describe_plan(settings(profile="paper")).count("sizes are those published") == 2
+            with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set" if offline else "cannot be reached"):
+                counted.model_sizes("lab/other", POLICY)
+            assert offline == constants.HF_HUB_OFFLINE
+            assert asked == ([] if offline else [[b"HEAD", b"/"]])
+        server.shutdown()
+    assert not caplog.records

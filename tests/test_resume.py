@@ -388,7 +388,8 @@ def test_as_many_checkpoints_stay_as_were_asked_for(base, straight, killed):
 
 
 def test_two_processes_cannot_train_one_run(base, straight, killed):
-    with RunLog.resume(make_config(**base, run_id="killed"), 4):
+    with RunLog(make_config(**base, run_id="killed")) as log:
+        log.begin(True, step=4)
         assert read_manifest(killed)["status"] == "running"
         with pytest.raises(ConfigError, match="run_id = 'killed': another process is training it at this moment"):
             resumed(base)

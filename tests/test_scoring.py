@@ -125,8 +125,8 @@ def test_scores_are_those_of_plain_forwards_whatever_the_batches(models, data, t
         ("left", str(folder), data, {}),
         ("reverse", models[kind], reverse, {"batch_rows": 5}),
     ):
-        results.append(run(model, source, tmp_path / name, ["rewardbench2"], **sizes)["rewardbench2"].overall)
-        found = {line["id"]: line["scores"] for line in lines(tmp_path / name, "rewardbench2")}
+        results.append(run(model, source, tmp_path / f"of {name}", ["rewardbench2"], **sizes)["rewardbench2"].overall)
+        found = {line["id"]: line["scores"] for line in lines(tmp_path / f"of {name}", "rewardbench2")}
         order = [r["id"] for r in rewardbench2()]
         assert list(found) == (order[::-1] if name == "reverse" else order)
         for i, scores in expected.items():

@@ -12,11 +12,9 @@ import pytest
 import yaml
 from scipy import stats
 
-from savelib.cli import _values
-from savelib.config import ConfigError, make_config
+from savelib.config import ConfigError
 from savelib.experiments.study import (
     MEASURED,
-    _as_text,
     courses,
     jobs_of,
     read_seeds,
@@ -55,18 +53,15 @@ def test_there_is_a_study_for_each_table():
 
 @pytest.mark.parametrize("profile", ["tiny", "paper"])
 @pytest.mark.parametrize("path", STUDIES, ids=STEM)
-def test_cells_are_configurations_that_the_command_line_passes_on(path, profile):
+def test_cells_are_configurations(path, profile):
     study = read_study(path)
     jobs = jobs_of(study, [3, 5], profile=profile)
     assert [job.cell for job in jobs] == [cell.name for cell in study.cells] * 2
     seeds = [(job.config.seed, job.config.world_seed) for job in jobs]
     assert seeds == [(3, 3)] * len(study.cells) + [(5, 5)] * len(study.cells), "a seed is its own world"
     assert len({job.config.run_id for job in jobs}) == len(jobs)
-    base = make_config(profile=profile).model_dump()
     for job in jobs:
         assert job.config.profile == profile
-        given = {k: v for k, v in job.config.model_dump().items() if v != base[k]} | {"profile": profile}
-        assert make_config(**_values([f"{k}={_as_text(v)}" for k, v in given.items()])) == job.config
     assert {cell.paper for cell in study.cells} > {""} or all(cell.paper for cell in study.cells)
 
 
@@ -218,7 +213,7 @@ def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
     ]
     path, said = made(tmp_path, cells=cells), []
     few = {"total_steps": 2, "eval_every": 1}
-    folder, failed = run_study(path, [0], 2, plain=True, say=said.append, **few)
+    folder, failed = run_study("made", read_study(path), [0], 2, plain=True, say=said.append, **few)
     jobs = {job.cell: job for job in jobs_of(read_study(path), [0], **few)}
     assert set(failed) == {jobs["bad"].config.run_id, jobs["after"].config.run_id}
     assert "nowhere.jsonl" in failed[jobs["bad"].config.run_id]
@@ -234,7 +229,7 @@ def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):
 
     said.clear()
     stamp = (jobs["A"].folder / "manifest.json").stat().st_mtime_ns
-    run_study(path, [0], plain=True, say=said.append, **few)
+    run_study("made", read_study(path), [0], plain=True, say=said.append, **few)
     assert said[0] == "made: 4 runs, 2 done before" and (jobs["A"].folder / "manifest.json").stat().st_mtime_ns == stamp
     done = [job for job in jobs.values() if job.done]
     assert len(tidy(done)) == 8
@@ -261,7 +256,7 @@ def test_quick_tables_by_the_command_line(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "table6: 3 runs, 0 done before" in done.stdout and "3/3" in done.stdout
+    assert "table6: 3 runs, 0 done before" in done.stdout and "run 3/3" in done.stdout
     table = pd.read_csv(tmp_path / "runs" / "studies" / "table6" / "summary.csv")
     assert set(table["cell"]) == {cell.name for cell in read_study(file).cells}
     manifests = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("study-*/manifest.json")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from savelib.analysis.glossary import BEFORE_AFTER, METRICS
-from savelib.config import Config
+from savelib.config import Config, ConfigError
 from savelib.paths import runs_dir
 from savelib.runs.folder import read_config, read_manifest, read_metrics
 
@@ -104,12 +104,16 @@ def newest_run(but_not: str = "") -> str | None:
 def runs_table() -> pd.DataFrame:
     """One row per run, the newest last: state (running, done, failed, stopped, killed), steps, time, last evaluation.
 
-    killed: no process trains it and none could write how it ended.
+    killed: no process trains it and none could write how it ended. unreadable: one of its files is damaged.
     """
     rows = {}
     folders = sorted((f.parent for f in runs_dir().glob("*/config.yaml")), key=lambda f: f.stat().st_mtime)
     for folder in folders:
-        config, metrics, state = read_config(folder), read_metrics(folder), read_manifest(folder)["status"]
+        try:
+            config, metrics, state = read_config(folder), read_metrics(folder), read_manifest(folder)["status"]
+        except (ConfigError, OSError):  # a damaged file
+            rows[folder.name] = {"state": "unreadable", "step": "-"}
+            continue
         row = {"state": state, "step": f"{int(metrics['step'].max()) if len(metrics) else 0}/{config.total_steps}"}
         row["minutes"] = metrics["seconds"].iloc[-1] / 60 if len(metrics) else float("nan")
         for name in ("eval/rm_accuracy", "eval/gold", "reward/mean"):

@@ -34,7 +34,7 @@ from savelib.data.files import FORMATS, at, converted, file_rows
 from savelib.models.compute import autocast, in_bfloat16, pick_device
 from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import VALUE_HEAD_FILE, Encoded, RewardModel
-from savelib.paths import resolve, sync, write_atomically
+from savelib.paths import resolve, sync, writable_folder, write_atomically
 
 Truncation = Literal["left", "right", "refuse"]
 LONGEST = 16_384  # tokens, Skywork's setting, where the context is longer
@@ -123,7 +123,8 @@ def evaluate(
     All data are read before anything is scored: if any is missing or bad, nothing is. A benchmark gets figures only
     when all its rows are scored. Raises ConfigError.
     """
-    names, out, started = list(dict.fromkeys(names)), Path(out), time.time()
+    names, started = list(dict.fromkeys(names)), time.time()
+    out = writable_folder("out", out, {"model": model, "data_dir": data_dir}, _made_by_evaluate)
     if truncation not in get_args(Truncation):
         raise ConfigError(f"truncation = {truncation!r}: choose from {', '.join(get_args(Truncation))}")
     data = _all_data(names, data_dir)
@@ -137,6 +138,7 @@ def evaluate(
         (out / f"{name}.json").unlink(missing_ok=True)
     made_with = {"model": model} | scorer.settings()
     manifest = {"status": "running", **made_with, **_versions(), "started": _now(), "benchmarks": {}}
+    write_atomically(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")  # a later call knows the folder
     results = {}
     try:
         for name in names:
@@ -378,6 +380,13 @@ class _Progress:
 
 
 # files
+
+
+def _made_by_evaluate(folder: Path) -> bool:
+    try:
+        return "benchmarks" in json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _kept(file: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from savelib.config import ConfigError, shown
-from savelib.data.hub import explain
+from savelib.data.hub import asked_once, explain
 from savelib.paths import resolve
 
 T = TypeVar("T")
@@ -116,7 +116,8 @@ def _hub_rows(source: str, field: str, splits: Sequence[str]) -> Iterator[tuple[
     import datasets  # slow to import
 
     try:
-        found = datasets.load_dataset(source)
+        with asked_once(source):
+            found = datasets.load_dataset(source)
     except Exception as error:  # whatever the hub client raises: offline, missing, gated, broken files
         raise ConfigError(explain(error, field, source, "dataset")) from None
     split = next((s for s in splits if s in found or s == ANY_SPLIT), None)

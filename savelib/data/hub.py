@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +20,13 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import get_session
 
 from savelib.config import ConfigError
 from savelib.paths import resolve
 
 T = TypeVar("T")
+PATIENCE = 3.0  # seconds for the hub's first answer
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -32,7 +37,8 @@ def from_pretrained(kind: type[T], source: str, field: str, **settings: Any) -> 
     the config field.
     """
     try:
-        return kind.from_pretrained(resolve(source), trust_remote_code=False, **settings)
+        with asked_once(source):
+            return kind.from_pretrained(resolve(source), trust_remote_code=False, **settings)
     except Exception as error:  # whatever transformers, the hub client or safetensors raise
         raise ConfigError(explain(error, field, source)) from None
 
@@ -40,6 +46,35 @@ def from_pretrained(kind: type[T], source: str, field: str, **settings: Any) -> 
 def from_config(kind: type[T], config: Any) -> Any:
     """kind.from_config(config): a model of that size, without weights of anyone; as above, without foreign code."""
     return kind.from_config(config, trust_remote_code=False)
+
+
+@contextmanager
+def asked_once(source: str) -> Iterator[None]:
+    """While a model or dataset is loaded: a hub that cannot be reached is not asked again and again.
+
+    The client tries each file six times, over a minute in all. Then only its cache is looked in.
+    """
+    if Path(resolve(source)).exists() or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT):
+        yield
+        return
+    switches = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    for module in switches:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module in switches:
+            module.HF_HUB_OFFLINE = False
+
+
+@cache
+def reachable(endpoint: str) -> bool:
+    """Whether a hub answers at all, within seconds; asked once per process."""
+    try:
+        get_session().head(endpoint, timeout=PATIENCE)
+    except Exception:  # of httpx, by whichever name the client has it
+        return False
+    return True
 
 
 def explain(error: Exception, field: str, source: str, kind: str = "model") -> str:

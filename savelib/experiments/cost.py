@@ -46,7 +46,7 @@ from savelib.data.hub import from_config
 from savelib.models.adapters import plain
 from savelib.models.compute import peak_memory, reset_peak_memory
 from savelib.models.rollout import Rollout
-from savelib.paths import project_root, runs_dir, write_atomically
+from savelib.paths import project_root, runs_dir, writable_folder, write_atomically
 from savelib.runs.hours import STEP_PHASES, Machine, Work, step_seconds
 from savelib.runs.memory import GIB, cache_bytes
 from savelib.runs.sizes import PAPER_MODELS, Sizes, model_sizes
@@ -452,7 +452,7 @@ def run(sizes: list[str], repeats: int, out: Path | None = None, say: Callable[[
     plan |= {name: (size, 1) for name, size in GROWTH.items() if "growth" in sizes}
     if any(size.device == "cuda" for size, _ in plan.values()) and not torch.cuda.is_available():
         raise ConfigError(f"sizes = {','.join(sizes)!r}: the paper's shapes need CUDA, which is not here")
-    out = out or runs_dir() / f"bench-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = writable_folder("out", out or runs_dir() / f"bench-{time.strftime('%Y%m%d-%H%M%S')}", {})
     out.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine(), "repeats": repeats, "systems": list(SYSTEMS), "rates": {}, "floors": {}}
     results["sizes"] = {name: asdict(size) for name, (size, _) in plan.items()}

@@ -6,19 +6,17 @@ A study file names the cells, what sets each apart, and the paper's row beside i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from savelib.analysis import BEFORE_AFTER
 from savelib.benchmarks import BENCHMARKS
+from savelib.benchmarks.scoring import find_data
 from savelib.benchmarks.statistics import interval_of_mean
 from savelib.config import Config, ConfigError, check_names, make_config
+from savelib.errors import sentence
 from savelib.experiments.audit import rows_of
-from savelib.paths import code_digest, project_root, resolve, runs_dir, write_atomically
+from savelib.paths import project_root, refuse_unwritable_folders, resolve, runs_dir, writable_folder, write_atomically
+from savelib.progress import Progress
 from savelib.runs.folder import read_manifest, read_metrics
-from savelib.runs.launch import launch, needs_torchrun, worker
+from savelib.runs.launch import key_of, launch, needs_torchrun, worker
+from savelib.runs.notebook import run_notebook
 
 NOTEBOOKS = project_root() / "notebooks"
+MOST_SEEDS = 10_000
 MEASURED = (  # what a run's course says of it: these metrics, each the mean since the evaluation before
     "reward/mean", "reward/std_in_group", "reward/skew_in_group", "force/pull", "force/push", "filter/kept",
     "filter/positive", "filter/negative", "filter/valid_prompts", "value/error", "gold/success_rate",
@@ -90,41 +93,71 @@ class Job:
 
 def read_study(path: str | Path) -> Study:
     """A study file. Raises ConfigError naming the file, the cell and the field."""
-    file = Path(resolve(str(path)))
+    where = f"study {str(path)!r}"
     try:
-        study = Study(**yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        raise ConfigError(f"study {str(path)!r} cannot be read: {error}") from None
+        study = Study(**yaml.safe_load(Path(resolve(str(path))).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, TypeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
     except ValidationError as error:
         said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"study {str(path)!r}: {said}") from None
+        raise ConfigError(f"{where}: {said}") from None
     names = [cell.name for cell in study.cells]
-    rows = rows_of(study.table) if study.table else pd.DataFrame()
-    for i, cell in enumerate(study.cells):
-        where = f"study {str(path)!r}, cell {cell.name!r}"
-        check_names([*study.common, *study.grid, *cell.set, *cell.times], Config.model_fields)
-        if names.count(cell.name) > 1:
-            raise ConfigError(f"{where}: the name is there twice")
-        if cell.reward_model_of and cell.reward_model_of not in names[:i]:
-            raise ConfigError(f"{where}: reward_model_of = {cell.reward_model_of!r} must name an earlier cell")
-        if cell.paper and (cell.paper not in rows.index or study.column not in rows):
-            raise ConfigError(
-                f"{where}: paper = {cell.paper!r} and column = {study.column!r} are not in table = {study.table!r}; "
-                f"rows: {', '.join(rows.index)}; columns: {', '.join(rows.columns)}"
-            )
+    check_names([*study.common, *study.grid], Config.model_fields)
+    empty = [field for field, values in study.grid.items() if not values]
+    if empty:
+        raise ConfigError(f"{where}: grid.{empty[0]} has no values; give some, or leave it out")
     if study.reference not in names:
-        raise ConfigError(f"study {str(path)!r}: reference = {study.reference!r} is no cell; cells: {', '.join(names)}")
+        raise ConfigError(f"{where}: reference = {study.reference!r} is no cell; cells: {', '.join(names)}")
+    try:
+        rows = rows_of(study.table) if study.table else pd.DataFrame()
+    except OSError:
+        raise ConfigError(f"{where}: table = {study.table!r} is no table of data/paper") from None
+    for i, cell in enumerate(study.cells):
+        _check_cell(study, cell, rows, names[:i], f"{where}, cell {cell.name!r}")
     return study
 
 
+def _check_cell(study: Study, cell: Cell, rows: pd.DataFrame, before: list[str], where: str) -> None:
+    """Raise ConfigError for a cell that cannot be. rows: the paper's table. before: the names of the earlier cells."""
+    check_names([*cell.set, *cell.times], Config.model_fields)
+    if cell.name in before:
+        raise ConfigError(f"{where}: the name is there twice")
+    if cell.reward_model_of and cell.reward_model_of not in before:
+        raise ConfigError(f"{where}: reward_model_of = {cell.reward_model_of!r} must name an earlier cell")
+    if cell.paper and (cell.paper not in rows.index or study.column not in rows):
+        raise ConfigError(
+            f"{where}: paper = {cell.paper!r} and column = {study.column!r} are not in table = {study.table!r}; "
+            f"rows: {', '.join(rows.index)}; columns: {', '.join(rows.columns)}"
+        )
+    odd = [name for name in cell.times if Config.model_fields[name].annotation not in (int, float)]
+    if odd:
+        raise ConfigError(f"{where}: times.{odd[0]}: a factor is for numbers alone")
+
+
+def read_studies(paths: Iterable[str | Path]) -> dict[str, Study]:
+    """name -> study of several files. Raises ConfigError for two of one name, whose tables would be one folder."""
+    studies: dict[str, Study] = {}
+    for path in paths:
+        name = Path(path).stem
+        if name in studies:
+            raise ConfigError(f"study {str(path)!r}: there are two of the name {name!r}; rename one file")
+        studies[name] = read_study(path)
+    return studies
+
+
 def read_seeds(text: str, field: str = "seeds") -> list[int]:
-    """'0-3,7' -> [0, 1, 2, 3, 7]."""
-    seeds = []
+    """'0-3,7' -> [0, 1, 2, 3, 7]. Raises ConfigError for what is no list of at most MOST_SEEDS numbers."""
+    seeds: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        found = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)
         if not found or (found[2] and int(found[2]) < int(found[1])):
-            raise ConfigError(f"{field} = {text!r}: write numbers and ranges, such as 0-9 or 100,101")
-        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
+            raise ConfigError(f"{field} = {text[:100]!r}: write numbers and ranges, such as 0-9 or 100,101")
+        more = range(int(found[1]), int(found[2] or found[1]) + 1)
+        if len(seeds) + len(more) > MOST_SEEDS:
+            raise ConfigError(f"{field} = {text[:100]!r} are more than {MOST_SEEDS}; give fewer")
+        seeds += more
     return list(dict.fromkeys(seeds))
 
 
@@ -151,8 +184,7 @@ def jobs_of(study: Study, seeds: list[int], **values: Any) -> list[Job]:
             plain = make_config(**mine)
             mine |= {field: factor * getattr(plain, field) for field, factor in cell.times.items()}
             config = make_config(**mine)
-            key = hashlib.sha256((code_digest() + config.model_dump_json(exclude={"run_id", "resume"})).encode())
-            words = ("study", config.profile, config.rule, config.algo, f"s{seed}", key.hexdigest()[:8])
+            words = ("study", config.profile, config.rule, config.algo, f"s{seed}", key_of(config)[:8])
             ids[cell.name] = "-".join(words)
             config = config.model_copy(update={"run_id": ids[cell.name], "resume": "auto"})
             jobs.append(Job(cell.name, setting, config, after))
@@ -160,7 +192,8 @@ def jobs_of(study: Study, seeds: list[int], **values: Any) -> list[Job]:
 
 
 def run_study(
-    path: str | Path,
+    name: str,
+    study: Study,
     seeds: list[int],
     workers: int = 1,
     benchmarks: str = "",
@@ -178,14 +211,15 @@ def run_study(
     A failed run stops only those that need it. Files in runs/studies/<name>/: cells.csv (a row per cell, seed and
     measure), courses.csv (a row per run and evaluation), summary.csv, study.yaml.
     """
-    name, study = Path(path).stem, read_study(path)
     if quick:
         seeds, values = seeds[:1], {"total_steps": 3} | values
         study = study.model_copy(update={"worlds": study.worlds and str(read_seeds(study.worlds, "worlds")[0])})
     jobs = jobs_of(study, seeds, **values)
+    folder = check_before_work(name, study, benchmarks, data_dir)
     todo = [job for job in jobs if not (job.done and not _unmeasured(job, benchmarks))]
     say(f"{name}: {len(jobs)} runs, {len(jobs) - len(todo)} done before")
-    started, failed, stopped = time.monotonic(), {}, threading.Event()
+    failed, stopped, once = {}, threading.Event(), {job.config.run_id: job for job in todo}
+    progress = Progress("run", len(once), say=say, every=0)
     futures: dict[str, Future[str]] = {}
 
     def work(job: Job) -> str:
@@ -194,51 +228,71 @@ def run_study(
         if stopped.is_set():
             return "stopped"
         try:
-            error = "" if job.done else processes.submit(_train_plainly, job).result() if plain else _train(job)
+            error = "" if job.done else processes.submit(_train, job, plain).result()
         except BrokenExecutor:
             return "the process that trained it, or one beside it, was killed"
         return error or _measure(job, benchmarks, data_dir)
 
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn) as processes, ThreadPoolExecutor(workers) as pool:
-        once = {job.config.run_id: job for job in todo}  # in their order: what a run needs comes before it
-        for run, job in once.items():
+    with ProcessPoolExecutor(workers, spawn, _silence) as processes, ThreadPoolExecutor(workers) as pool:
+        for run, job in once.items():  # in their order: what a run needs comes before it
             futures[run] = pool.submit(work, job)
         owners = {futures[run]: job for run, job in once.items()}
         try:
-            for ended, future in enumerate(as_completed(owners), 1):
+            for future in as_completed(owners):
                 job, error = owners[future], future.result()
                 if error:
                     failed[job.config.run_id] = error
-                left = timedelta(seconds=round((time.monotonic() - started) / ended * (len(owners) - ended)))
-                said = f"FAILED: {error}" if error else "done"
                 what = ", ".join(filter(None, (job.cell, job.setting, _which(job.config))))
-                say(f"{ended}/{len(owners)}  {what}: {said}  {left} left")
+                progress.add(1, f"{what}: {f'FAILED: {error}' if error else 'done'}")
         finally:
             stopped.set()
-    folder = runs_dir() / "studies" / name
     write_tables(folder, study, [job for job in jobs if job.done])
     return folder, failed
 
 
-def _train(job: Job) -> str:
-    """Notebook 03 by papermill, in the run's folder; its error, or nothing."""
+def check_before_work(name: str, study: Study, benchmarks: str = "", data_dir: str = "") -> Path:
+    """The folder of a study's tables. Raises ConfigError for all that would stop the study only after its first run."""
+    refuse_unwritable_folders()
+    check_benchmarks(benchmarks, data_dir)
+
+    def ours(folder: Path) -> bool:
+        return (folder / "study.yaml").is_file() and read_study(folder / "study.yaml").title == study.title
+
+    return writable_folder("tables", runs_dir() / "studies" / name, {}, ours)
+
+
+def check_benchmarks(benchmarks: str, data_dir: str) -> None:
+    """Raise ConfigError for a benchmark that there is not, and for a folder without its data."""
+    for wanted in _names(benchmarks):
+        if wanted not in BENCHMARKS:
+            raise ConfigError(f"benchmarks = {wanted!r}: choose from {', '.join(BENCHMARKS)}")
+        if data_dir and data_dir != "hub":
+            find_data(BENCHMARKS[wanted], Path(data_dir))
+
+
+def _silence() -> None:
+    """In a process that trains: what its libraries and a notebook's kernel print is not the study's output."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+
+
+def _train(job: Job, plain: bool) -> str:
+    """Notebook 03 in the run's folder, or the run without a notebook; its error, or nothing."""
     base = make_config(profile=job.config.profile).model_dump()
-    given = {k: v for k, v in job.config.model_dump().items() if v != base[k]} | {"profile": job.config.profile}
-    pairs = [word for name, value in given.items() for word in ("-p", f"{name}={_as_text(value)}")]
-    error = _run("savelib", "notebook", NOTEBOOKS / "03_save_train.ipynb", *pairs)
-    return "" if job.done else error or "the run is not done, though its notebook ended"
-
-
-def _train_plainly(job: Job) -> str:
-    """The run without a notebook; its error, or nothing."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    given = [name for name, value in job.config.model_dump().items() if value != base[name]]
     try:
-        with open(job.folder / "train.log", "a") as log, contextlib.redirect_stdout(log):
-            (launch if needs_torchrun(job.config) else worker)(job.config)
+        if plain:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            with open(job.folder / "train.log", "a") as log, contextlib.redirect_stdout(log):
+                (launch if needs_torchrun(job.config) else worker)(job.config)
+        else:
+            run_notebook(NOTEBOOKS / "03_save_train.ipynb", job.config, ["profile", *given])
     except Exception as error:  # one cell must not stop the others
-        return f"{type(error).__name__}: {error}"
-    return ""
+        said = (sentence(error) or f"{type(error).__name__}: {error}").splitlines()
+        return " | ".join(line.strip()[:300] for line in dict.fromkeys([said[0], said[-1]]))
+    return "" if job.done else "the run is not done, though its training ended"
 
 
 def _which(config: Config) -> str:
@@ -255,27 +309,23 @@ def _measure(job: Job, benchmarks: str, data_dir: str) -> str:
              "data_dir": data_dir or "hub", "out": job.folder / "evaluation"}  # fmt: skip
     pairs = [str(word) for name, value in given.items() for word in ("-p", name, value)]
     notebook = NOTEBOOKS / "05_evaluate_rm.ipynb"
-    return _run("papermill", notebook, job.folder / notebook.name, "--no-progress-bar", *pairs)
-
-
-def _unmeasured(job: Job, benchmarks: str) -> list[str]:
-    return [name for name in benchmarks.replace(" ", "").split(",") if name and not _figures(job, name).is_file()]
-
-
-def _figures(job: Job, benchmark: str) -> Path:
-    return job.folder / "evaluation" / "first" / f"{benchmark}.json"
-
-
-def _run(module: str, *arguments: Any) -> str:
-    """`python -m module ...`; the last two lines of its error, or nothing."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    words = ["-m", "papermill", notebook, job.folder / notebook.name, "--no-progress-bar", *pairs]
+    command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
     return " | ".join(line.strip()[:300] for line in lines[-2:]) if done.returncode else ""
 
 
-def _as_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _unmeasured(job: Job, benchmarks: str) -> list[str]:
+    return [name for name in _names(benchmarks) if not _figures(job, name).is_file()]
+
+
+def _names(benchmarks: str) -> list[str]:
+    return list(filter(None, benchmarks.replace(" ", "").split(",")))
+
+
+def _figures(job: Job, benchmark: str) -> Path:
+    return job.folder / "evaluation" / "first" / f"{benchmark}.json"
 
 
 # tables

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
+import os
 import platform
 import re
 import shutil
 import subprocess
 import time
 from collections import deque
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 
 from savelib import __version__
 from savelib.config import Config, ConfigError, make_config
-from savelib.paths import project_root, runs_dir, write_atomically
+from savelib.errors import SavelibError
+from savelib.paths import lock, project_root, runs_dir, write_atomically
 from savelib.processes import world_size
+from savelib.progress import progress_line
 
 PACE = 20  # steps that the time left is reckoned from
 LOCK = ".lock"  # held while a process trains the run
 LOGS = ("metrics.jsonl", "samples.jsonl")
+RESTORE = "restore it, or start a new run under another run_id"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(SavelibError):
     """A file of a run that could not be written; the message names it, the cause and the checkpoint that is left."""
 
     def __init__(self, what: str, error: Exception, run: Path):
@@ -66,58 +68,48 @@ class RunLog:
     """Writes a run's files. `with RunLog.create(config) as log:` writes the manifest at the end, whatever happened.
 
     While it is open, the run's folder is locked: two processes never write to one run, and `read_manifest` sees
-    who lives.
+    who lives. It writes nothing before `begin`.
     """
 
-    def __init__(self, folder: Path, total_steps: int):
-        self.folder, self.started, self.total_steps = folder, time.time(), total_steps
+    def __init__(self, config: Config):
+        self.config, self.folder, self.started = config, runs_dir() / config.run_id, time.time()
         self.recent: deque[dict[str, Any]] = deque(maxlen=PACE)
-        self.lock = open(folder / LOCK, "w")  # noqa: SIM115, it is held until the run ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        self.begun = False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / LOCK, "w")  # noqa: SIM115, it is held until the run ends
+        if not lock(self.lock):
             self.lock.close()
-            raise ConfigError(f"run_id = {folder.name!r}: another process is training it at this moment") from None
+            raise ConfigError(f"run_id = {config.run_id!r}: another process is training it at this moment")
 
     @classmethod
-    def create(cls, config: Config, source: Path | None = None, step: int = -1) -> RunLog:
-        """Start the run's folder, with the lines up to `step` of the run folder `source`, if it goes on from there.
+    def create(cls, config: Config) -> RunLog:
+        """Lock and begin a new run."""
+        log = cls(config)
+        log.begin()
+        return log
 
-        Raises ConfigError when it already holds a run; nothing is overwritten.
+    def begin(self, resuming: bool = False, source: Path | None = None, step: int = -1) -> None:
+        """Start the run's files, with the lines up to `step` of the run folder `source` (default: its own).
+
+        Raises ConfigError when it is not resuming and the folder holds a run; nothing is overwritten.
         """
-        return cls._open(config, True, source or runs_dir() / config.run_id, step)
-
-    @classmethod
-    def resume(cls, config: Config, step: int) -> RunLog:
-        """Go on in the run's folder after `step` (-1: from the start), dropping the lines beyond it."""
-        return cls._open(config, False, runs_dir() / config.run_id, step)
-
-    @classmethod
-    def _open(cls, config: Config, new: bool, source: Path, step: int) -> RunLog:
-        """Lock the run, clear up after killed writers, and take over the lines up to `step`, which must be there."""
-        folder = runs_dir() / config.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        log = cls(folder, config.total_steps)
+        source = source or self.folder
+        if not resuming:
+            refuse_existing(self.folder.name)
+        kept = {name: [row for row in read_jsonl(source / name) if row["step"] <= step] for name in LOGS}
+        if [row["step"] for row in kept["metrics.jsonl"]] != list(range(step + 1)):
+            raise ConfigError(f"{source / 'metrics.jsonl'} has not one line for each step from 0 to {step}; {RESTORE}")
+        self.started -= kept["metrics.jsonl"][-1]["seconds"] if step >= 0 else 0
         try:
-            if new:
-                refuse_existing(config.run_id)
-                write_atomically(folder / "config.yaml", config.to_yaml())
-            (folder / "manifest.json").unlink(missing_ok=True)
-            clean(folder)
+            if not resuming:
+                write_atomically(self.folder / "config.yaml", self.config.to_yaml())
+            (self.folder / "manifest.json").unlink(missing_ok=True)
+            clean(self.folder)
             for name in LOGS:
-                kept = [row for row in read_jsonl(source / name) if row["step"] <= step]
-                if name == "metrics.jsonl":
-                    if [row["step"] for row in kept] != list(range(step + 1)):
-                        raise ConfigError(f"{source / name} has not one line for each step from 0 to {step}")
-                    log.started -= kept[-1]["seconds"] if kept else 0
-                write_atomically(folder / name, _as_lines(kept))
-            return log
+                write_atomically(self.folder / name, _as_lines(kept[name]))
         except OSError as error:
-            log.lock.close()
-            raise CheckpointError(f"{folder} cannot be written", error, folder) from None
-        except ConfigError:
-            log.lock.close()
-            raise
+            raise CheckpointError(f"{self.folder} cannot be written", error, self.folder) from None
+        self.begun = True
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line: the step, seconds since the start, and every value."""
@@ -126,7 +118,7 @@ class RunLog:
         self.recent.append(row)
 
     def progress(self) -> str:
-        return progress_line(list(self.recent), self.total_steps)
+        return step_line(list(self.recent), self.config.total_steps)
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         self._append("samples.jsonl", rows)
@@ -142,6 +134,13 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if self.begun:
+            self._write_manifest(kind, error)
+        elif os.listdir(self.folder) == [LOCK]:  # nothing came of it
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.close()
+
+    def _write_manifest(self, kind: type | None, error: BaseException | None) -> None:
         status = "done" if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
         manifest = {
             "status": status,
@@ -163,7 +162,6 @@ class RunLog:
             write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         except OSError as full:  # must not hide the error that ended the run
             print(f"no manifest could be written to {self.folder}: {full}", flush=True)
-        self.lock.close()
 
 
 def mark_failed(folder: Path, reason: str) -> None:
@@ -174,7 +172,7 @@ def mark_failed(folder: Path, reason: str) -> None:
         write_atomically(path, json.dumps(manifest | {"status": "failed", "error": reason}, indent=2) + "\n")
 
 
-def progress_line(rows: list[dict[str, Any]], total_steps: int) -> str:
+def step_line(rows: list[dict[str, Any]], total_steps: int) -> str:
     """One line on where a run is, from the last rows of its metrics: the last step's figures, speed and time left."""
     last, steps = rows[-1], [r for r in rows[-PACE:] if r["step"] > 0]
     figures = {
@@ -183,14 +181,10 @@ def progress_line(rows: list[dict[str, Any]], total_steps: int) -> str:
         "kept": last.get("filter/kept"),
         "KL": last.get("policy/kl"),
     }
-    said = [f"step {last['step']}/{total_steps}"] + [f"{k} {v:.3f}" for k, v in figures.items() if v is not None]
-    if "time/tokens_per_second" in last:
+    said = [f"{k} {v:.3f}" for k, v in figures.items() if v is not None]
+    if last.get("time/tokens_per_second") is not None:
         said.append(f"{last['time/tokens_per_second']:.0f} tokens/s")
-    if len(steps) > 1:
-        pace = (last["seconds"] - steps[0]["seconds"]) / (last["step"] - steps[0]["step"])
-        left = timedelta(seconds=round(pace * (total_steps - last["step"])))
-        said.append(f"{left} left")
-    return "  ".join(said)
+    return progress_line("step", last["step"], total_steps, [(r["step"], r["seconds"]) for r in steps], said)
 
 
 def _as_lines(rows: list[dict[str, Any]]) -> str:
@@ -233,14 +227,19 @@ def _commit() -> str | None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSONL file; a last line that a killed writer left unfinished is passed over."""
+    """All whole lines of a run's JSONL file; a last line that a killed writer left unfinished is passed over.
+
+    Raises ConfigError that names the first line that is damaged.
+    """
     if not path.is_file():
         return []
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"] + 0
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise ConfigError(f"{path}, line {number} is damaged; {RESTORE}") from None
     return rows
 
 
@@ -254,8 +253,15 @@ def run_folder(run: str | Path) -> Path:
 
 
 def read_config(run: str | Path) -> Config:
-    values = yaml.safe_load((run_folder(run) / "config.yaml").read_text())
-    return make_config(**values)
+    """Raises ConfigError where config.yaml is damaged, or of another version of savelib."""
+    file = run_folder(run) / "config.yaml"
+    try:
+        config = make_config(file)
+    except ConfigError as error:
+        raise ConfigError(f"{file} is damaged, or of another version of savelib ({error}); {RESTORE}") from None
+    if not config.run_id:
+        raise ConfigError(f"{file} is damaged: it names no run_id; {RESTORE}")
+    return config
 
 
 def read_metrics(run: str | Path) -> pd.DataFrame:
@@ -273,16 +279,18 @@ def read_manifest(run: str | Path) -> dict[str, Any]:
     folder = run_folder(run)
     path = folder / "manifest.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        try:
+            manifest = json.loads(path.read_text())
+            return manifest | {"status": str(manifest["status"])}
+        except (ValueError, TypeError, LookupError):
+            raise ConfigError(
+                f"{path} is damaged; delete it: then the run counts as killed, and resume=auto continues it"
+            ) from None
     return {"status": "running" if _locked(folder) else "killed"}
 
 
 def _locked(folder: Path) -> bool:
-    try:
-        with open(folder / LOCK) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    if not (folder / LOCK).is_file():
         return False
-    except OSError:
-        return True
-    return False
+    with open(folder / LOCK) as file:
+        return not lock(file, shared=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -19,10 +18,12 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from savelib.config import Config
+from savelib.errors import SavelibError
 from savelib.paths import code_digest, resolve, runs_dir
-from savelib.processes import launched_by_torchrun
-from savelib.runs.folder import mark_failed, new_run_id, progress_line, read_jsonl, read_manifest
+from savelib.processes import MEETING, launched_by_torchrun
+from savelib.runs.folder import mark_failed, new_run_id, read_jsonl, read_manifest, step_line
 from savelib.show.live import Picture
+from savelib.signals import die_with_parent
 
 # errors of a process whose partner is gone: never the reason, if there is another
 PARTNER_GONE = re.compile(r"Connection (reset|closed|refused)|Broken pipe|gloo|NCCL|ProcessGroup|Socket", re.IGNORECASE)
@@ -31,14 +32,17 @@ SENTENCES = (
     "NonFiniteError",
     "CheckpointError",
     "FrozenWeightsError",
+    "RunFailed",
 )  # errors that say all in their message
 # the lines of train.log that tell where a run is before its first step
 OWN_LINE = re.compile(r"stage \d|  epoch |going on after |.* is already done$")
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+# of processes on one machine: none of their sockets is seen from outside
+ALONE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
 GRACE = 5  # seconds from the request to end to the kill
-LIBC = ctypes.CDLL(None)
 
 
-class RunFailed(RuntimeError):
+class RunFailed(SavelibError):
     """The training process ended with an error; the message is its own."""
 
 
@@ -48,9 +52,13 @@ def needs_torchrun(config: Config) -> bool:
 
 def worker(config: Config) -> Path:
     """`train` in this process; under torchrun an error is noted down for `launch`, with its traceback."""
-    from savelib.runs.train import train
 
-    return record(train)(config) if launched_by_torchrun() else train(config)
+    def run() -> Path:
+        from savelib.runs.train import train
+
+        return train(config)
+
+    return record(run)() if launched_by_torchrun() else run()
 
 
 def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
@@ -67,11 +75,13 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
     say, picture = say or _Progress(config), Picture(config.total_steps)
     with tempfile.TemporaryDirectory() as private, open(folder / "train.log", "a+") as log:
         (Path(private) / "config.yaml").write_text(config.to_yaml())
-        words = ["-m", "savelib", "train", "--config", f"{private}/config.yaml"]
+        words, env = ["-m", "savelib", "train", "--config", f"{private}/config.yaml"], dict(os.environ)
         if needs_torchrun(config):
-            # standalone: a rendezvous of this machine's processes alone, on a port that the system gives
-            torchrun = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={config.num_processes}"]
+            # they meet by files: a rendezvous by TCP would listen on all of the machine's network interfaces
+            files = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={private}/rendezvous"]
+            torchrun = [*files, "--local-addr=127.0.0.1", f"--nproc-per-node={config.num_processes}"]
             words = ["-m", "torch.distributed.run", *torchrun, f"--log-dir={private}", *words]
+            env |= ALONE | {MEETING: f"file://{private}/processes"}
         begin, watched, parent = log.seek(0, os.SEEK_END), _Watched(folder, config), os.getpid()
         process = subprocess.Popen(
             [sys.executable, "-u", *words],
@@ -79,7 +89,8 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=(lambda: _die_with(parent)) if sys.platform == "linux" else None,
+            env=env,
+            preexec_fn=lambda: die_with_parent(parent),  # a killed notebook kernel included
         )
         try:
             while process.poll() is None:
@@ -103,22 +114,19 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
     return folder
 
 
+def key_of(config: Config) -> str:
+    """What tells a run from every other: its whole configuration but for its name, and the code."""
+    key = code_digest() + config.model_dump_json(exclude={"run_id", "resume"})
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 def run_once(config: Config, prefix: str) -> Path:
     """The folder of a finished run of this very config, under a name made of it; launched only if there is none yet."""
-    key = code_digest() + config.model_dump_json(exclude={"run_id", "resume"})
-    digest = hashlib.sha256(key.encode()).hexdigest()[:6]
-    run_id = f"{prefix}-{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{digest}"
+    run_id = f"{prefix}-{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{key_of(config)[:6]}"
     folder = runs_dir() / run_id
     if (folder / "manifest.json").is_file() and read_manifest(folder)["status"] == "done":
         return folder
     return launch(config.model_copy(update={"run_id": run_id, "resume": "auto"}))
-
-
-def _die_with(parent: int) -> None:
-    """In the child: ask the system for SIGKILL when the parent is gone, a killed notebook kernel included."""
-    LIBC.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # gone before it was asked
-        os._exit(1)
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -178,7 +186,7 @@ class _Watched:
         rows = map(json.loads, self.metrics())
         self.rows += [row for row in rows if (row["step"], row["seconds"]) not in self.earlier]
         self.said = ([self.said] + [line.strip() for line in self.log() if OWN_LINE.match(line)])[-1]
-        return progress_line(self.rows, self.total_steps) if self.rows else self.said
+        return step_line(self.rows, self.total_steps) if self.rows else self.said
 
 
 class _Progress:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from savelib.config import Config, ConfigError
 from savelib.models.compute import peak_memory, reset_peak_memory
-from savelib.paths import resolve, runs_dir
+from savelib.paths import refuse_unwritable_folders, resolve, runs_dir
 from savelib.processes import is_main, largest, say, told
 from savelib.runs.checkpoint import check, latest_checkpoint, load_optimizers, save_checkpoint, save_final
-from savelib.runs.folder import RunLog, new_run_id, read_config, read_manifest, refuse_existing
+from savelib.runs.folder import RunLog, checkpoints, new_run_id, read_config, read_manifest, refuse_existing
 from savelib.training.algorithm import prepare, save_step
 from savelib.training.engine import connect, disconnect
 from savelib.training.evaluation import evaluate
 from savelib.training.finite import NonFiniteError
+from savelib.training.trainer import Trainer
 
 # fields that may change when a run is resumed
 MAY_CHANGE = ("resume", "device", "threads", "checkpoint_every", "keep_checkpoints", "tracker", "rollout_rows")
@@ -30,41 +31,50 @@ def train(config: Config) -> Path:
     connect(config)
     config = config.model_copy(update={"run_id": told(new_run_id(config))})
     folder = runs_dir() / config.run_id
-    resuming = config.resume == "auto" and (folder / "config.yaml").exists()
-    if resuming:
-        _check_same(config, folder)
-        if read_manifest(folder)["status"] == "done":
-            say(f"{folder} is already done")
-            return folder
-    done, checkpoint = told(_start(config, folder, resuming) if is_main() else None)
-    t = prepare(config, checkpoint)
-    log_of_run = _log(config, done, checkpoint, resuming)
-    with log_of_run as log, _tracker(config, folder) as track, _names_checkpoint(folder, checkpoint):
-        if checkpoint:
-            load_optimizers(t, checkpoint)
-            say(f"going on after step {done} from {checkpoint}")
-        else:
-            metrics = evaluate(t)
-            log.metrics(0, metrics)
-            track(metrics, step=0)
-        for step in range(max(done, 0) + 1, config.total_steps + 1):
-            reset_peak_memory(t.device)
-            metrics, samples = save_step(t, step)
-            last = step == config.total_steps
-            if last and t.guard:
-                say(t.guard.finish())
-            if last or (config.eval_every and step % config.eval_every == 0):
-                metrics |= evaluate(t)
-            (metrics["memory/peak_gb"],) = largest(peak_memory(t.device))
-            log.samples(samples)
-            log.metrics(step, metrics)
-            track(metrics, step=step)
-            say(log.progress())
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
-                save_checkpoint(t, step, folder)
+    if is_main():
+        refuse_unwritable_folders()
+    with _log(config) as log:  # the run's lock is taken before anything is loaded
+        resuming = config.resume == "auto" and (folder / "config.yaml").exists()
+        if resuming:
+            _check_same(config, folder)
+            if read_manifest(folder)["status"] == "done":
+                say(f"{folder} is already done")
+                return folder
+        done, checkpoint = told(_start(config, folder, resuming) if is_main() else None)
+        t = prepare(config, checkpoint)
+        log.begin(resuming, checkpoint.parent.parent if checkpoint and not resuming else None, done)
+        with _tracker(config, folder) as track, _names_checkpoint(folder, checkpoint):
+            _steps(t, log, track, done, checkpoint)
         save_final(t, folder)
     disconnect()
     return folder
+
+
+def _steps(t: Trainer, log: RunLog | _NoLog, track: Callable[..., None], done: int, checkpoint: Path | None) -> None:
+    """The steps after `done`, each with its line of metrics; evaluations and checkpoints where they are due."""
+    config, folder = t.config, runs_dir() / t.config.run_id
+    if checkpoint:
+        load_optimizers(t, checkpoint)
+        say(f"going on after step {done} from {checkpoint}")
+    else:
+        metrics = evaluate(t)
+        log.metrics(0, metrics)
+        track(metrics, step=0)
+    for step in range(max(done, 0) + 1, config.total_steps + 1):
+        reset_peak_memory(t.device)
+        metrics, samples = save_step(t, step)
+        last = step == config.total_steps
+        if last and t.guard:
+            say(t.guard.finish())
+        if last or (config.eval_every and step % config.eval_every == 0):
+            metrics |= evaluate(t)
+        (metrics["memory/peak_gb"],) = largest(peak_memory(t.device))
+        log.samples(samples)
+        log.metrics(step, metrics)
+        track(metrics, step=step)
+        say(log.progress())
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
+            save_checkpoint(t, step, folder)
 
 
 def _start(config: Config, folder: Path, resuming: bool) -> tuple[int, Path | None]:
@@ -73,7 +83,7 @@ def _start(config: Config, folder: Path, resuming: bool) -> tuple[int, Path | No
         refuse_existing(config.run_id)  # before any work is done
         if config.resume in ("never", "auto"):
             return -1, None
-        checkpoint = Path(resolve(config.resume))
+        checkpoint = _given(config.resume)
         step = check(checkpoint, config)
         if step >= config.total_steps:
             raise ConfigError(
@@ -83,16 +93,31 @@ def _start(config: Config, folder: Path, resuming: bool) -> tuple[int, Path | No
     return latest_checkpoint(folder) or (-1, None)
 
 
-def _log(config: Config, done: int, checkpoint: Path | None, resuming: bool) -> RunLog | _NoLog:
+def _given(resume: str) -> Path:
+    """The checkpoint's folder that `resume` names. Raises ConfigError for everything else, a run's folder too."""
+    folder = Path(resolve(resume))
+    if (folder / "config.yaml").is_file():
+        there = checkpoints(folder)
+        newest = f"its newest checkpoint is {there[-1]}" if there else "it has no checkpoint"
+        raise ConfigError(
+            f"resume = {resume!r} is a run's folder: {newest}; to continue the run itself, write "
+            f"run_id={folder.resolve().name} and resume=auto"
+        )
+    if not folder.is_dir():
+        raise ConfigError(
+            f"resume = {resume!r}: write never, auto, or a checkpoint's folder, runs/ID/checkpoints/step_N"
+        )
+    return folder
+
+
+def _log(config: Config) -> RunLog | _NoLog:
     """The run's log on the main process, one that writes nothing on the others."""
-    if not is_main():
-        return _NoLog()
-    if resuming:
-        return RunLog.resume(config, done)
-    return RunLog.create(config, checkpoint.parent.parent if checkpoint else None, done)
+    return RunLog(config) if is_main() else _NoLog()
 
 
 class _NoLog:
+    def begin(self, resuming: bool, source: Path | None, step: int) -> None: ...
+
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
 
     def samples(self, rows: list[dict]) -> None: ...

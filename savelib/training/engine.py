@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from savelib.config import Config, ConfigError
+from savelib.errors import SavelibError
 from savelib.models.reward_model import RewardModel
 from savelib.paths import project_root
-from savelib.processes import is_main, summed, wait, world_size
+from savelib.processes import MEETING, is_main, summed, wait, world_size
 from savelib.training.finite import require_finite
 
 MODELS = ("policy", "reward_model")
@@ -48,7 +49,10 @@ def connect(config: Config) -> None:
     from transformers.integrations import unset_hf_deepspeed_config
 
     # a wait is long where one process builds what all need; a process that dies is noticed at once all the same
-    group = InitProcessGroupKwargs(backend="nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    backend, patience = "nccl" if cuda else "gloo", timedelta(hours=2)
+    if MEETING in os.environ:  # else they meet at torchrun's MASTER_ADDR and MASTER_PORT
+        dist.init_process_group(backend, os.environ[MEETING], patience, found, int(os.environ["RANK"]))
+    group = InitProcessGroupKwargs(backend=backend, timeout=patience)
     if config.backend == "ddp":
         Accelerator(cpu=not cuda, kwargs_handlers=[group] if found > 1 else [])
     else:
@@ -70,7 +74,7 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
     return json.loads(Path(path).read_text()) | {"gradient_clipping": config.max_grad_norm}
 
 
-class FrozenWeightsError(RuntimeError):
+class FrozenWeightsError(SavelibError):
     """A step that moved no weight, though there was a gradient."""
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from savelib.data.pairs_and_prompts import Prompt, ids_of
+from savelib.errors import SavelibError
 
 LOWER = {  # engine -> the fields that have gone too far where its numbers are not finite
     "policy": "policy_lr or beta",
@@ -21,7 +22,7 @@ LOWER = {  # engine -> the fields that have gone too far where its numbers are n
 }
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(SavelibError):
     """A reward, value, loss, gradient or weight that is no finite number.
 
     name: the engine whose model it belongs to. step, prompts and checkpoint are filled in by whoever knows them.

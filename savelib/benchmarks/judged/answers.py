@@ -7,20 +7,22 @@ Prompts and responses are read from JSON lists or JSONL. AlpacaEval: `instructio
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from savelib.config import ConfigError
 from savelib.data.files import Record as Row
 from savelib.data.files import at, file_rows, text
-from savelib.paths import resolve, write_atomically
+from savelib.paths import lock, resolve, write_atomically
 
 ID = {"alpaca": "instruction", "arena": "uid"}  # the column that pairs rows; AlpacaEval has no other
+
+WRITTEN = "sha256 of the file written"  # a line of a log
 
 TEXT = {"alpaca": "instruction", "arena": "prompt"}
 
@@ -56,16 +58,11 @@ def read_rows(source: str | Path, field: str) -> list[Row]:
     return rows
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write a JSON list (`.json`) or JSONL, whole or not at all."""
+def write_rows(path: Path, rows: list[Row], log: Log) -> None:
+    """Write a JSON list (`.json`) or JSONL atomically, noted in the log, so that a later call may replace it."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     as_list = path.suffix == ".json"
-    write(path, "[\n" + ",\n".join(lines) + "\n]\n" if as_list else "".join(f"{line}\n" for line in lines))
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    log.write(path, "[\n" + ",\n".join(lines) + "\n]\n" if as_list else "".join(f"{line}\n" for line in lines))
 
 
 def by_id(rows: list[Row], benchmark: str, where: str) -> dict[str, Row]:
@@ -100,24 +97,23 @@ def _files(folder: Path) -> list[list[Any]]:
 class Log:
     """`with Log(path) as log`: JSONL that one process appends to, from any thread. `rows`: what was there before.
 
-    A last line that a killed writer left unfinished is dropped. Raises ConfigError when another process has it open.
+    A last line that a killed writer left unfinished is dropped. Raises ConfigError when another process has it open,
+    and for a file that no Log wrote, which stays as it is.
     """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file, self.writing = open(path, "a+b"), threading.Lock()  # noqa: SIM115, __exit__ closes it
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(self.file):
+                raise ConfigError(f"{path}: another process is writing it; wait for it")
             self.file.seek(0)
-            data = self.file.read()
-            whole = data.rfind(b"\n") + 1
+            rows, whole = _logged(path, self.file.read())
             self.file.truncate(whole)
-            self.rows = [json.loads(line) for line in data[:whole].split(b"\n")[:-1]]
-        except (BlockingIOError, ValueError) as error:
+            self.rows = [row for row in rows if "key" in row]
+        except ConfigError:
             self.file.close()
-            taken = isinstance(error, BlockingIOError)
-            why = "another process is writing it; wait for it" if taken else f"a line is no JSON ({error}); remove it"
-            raise ConfigError(f"{path}: {why}") from None
+            raise
 
     def append(self, row: Row) -> Row:
         line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
@@ -126,8 +122,38 @@ class Log:
             self.file.flush()
         return row
 
+    def write(self, path: Path, text: str) -> None:
+        """Write a file atomically, its digest in the log first: `wrote` knows it again."""
+        self.append({WRITTEN: hashlib.sha256(text.encode()).hexdigest()})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.file.close()
+
+
+def _logged(path: Path, data: bytes) -> tuple[list[Row], int]:
+    """(the rows of a Log's file, how many of its bytes are whole lines). Raises ConfigError for another file."""
+    whole = data.rfind(b"\n") + 1
+    try:
+        rows = [json.loads(line) for line in data[:whole].split(b"\n")[:-1]]
+        ours = all(isinstance(row, dict) and ("key" in row or WRITTEN in row) for row in rows)
+    except ValueError:
+        ours = False
+    begins = (b'{"key": ', b'{"%s": ' % WRITTEN.encode())
+    if not ours or not any(data[whole:][: len(b)] == b[: len(data[whole:])] for b in begins):
+        raise ConfigError(f"{path} is no log of this command, or a line is damaged; give another --out, or move it")
+    return rows, whole
+
+
+def wrote(log: Path) -> Callable[[Path], bool]:
+    """Whether a file holds what an earlier call with this log wrote."""
+
+    def ours(path: Path) -> bool:
+        rows = _logged(log, log.read_bytes())[0] if log.is_file() else []
+        return {WRITTEN: hashlib.sha256(path.read_bytes()).hexdigest()} in rows
+
+    return ours

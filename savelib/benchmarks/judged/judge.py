@@ -28,10 +28,11 @@ from urllib.parse import urlsplit
 
 import openai
 
-from savelib.benchmarks.judged.answers import Log, Row, by_id, digest, output, read_rows, text_of, write, write_rows
+from savelib.benchmarks.judged.answers import Log, Row, by_id, digest, output, read_rows, text_of, write_rows, wrote
 from savelib.benchmarks.judged.responses import Progress
 from savelib.config import ConfigError
 from savelib.data.chat import Messages
+from savelib.paths import writable_file
 
 CATEGORIES = ("hard_prompt", "creative_writing")
 SETTINGS = {  # of the two benchmarks' own configurations
@@ -176,50 +177,56 @@ def judge(
     Every answer is appended to `<out>.games.jsonl` at once and not asked for again: interrupt it and call again.
     The judge is known by endpoint.model alone. `<out>.summary.json` has the counts, the cost, and what is missing.
     Raises ConfigError if a game has no verdict and allow_missing is not set: then `out` is not written. With it, a
-    missing preference is null, a missing game has the score null.
+    missing preference is null, a missing game has the score null. Also where `out` is an input, or is there already
+    and no earlier call wrote it.
     """
+    log_file, summary_file = Path(f"{out}.games.jsonl"), Path(f"{out}.summary.json")
+    inputs = {"outputs": outputs, "baseline": baseline, "questions": questions, "template": template}
+    out = writable_file("out", out, inputs, wrote(log_file))
+    writable_file("out", summary_file, inputs, wrote(log_file))
+    writable_file("out", log_file, inputs, Path.is_file)  # Log checks what is in it
     pairs = _pairs(benchmark, outputs, baseline, questions, category, seed)
     text = TEMPLATES["alpaca" if benchmark == "alpaca" else category] if template is None else _read_template(template)
     turns = parse_template(text, "template" if template is None else f"template = {str(template)!r}")
     settings = {k: v for k, v in (SETTINGS[benchmark] | (settings or {})).items() if v is not None}
     games = {pair.id: _games(benchmark, pair, turns, settings, endpoint.model) for pair in pairs}
     wanted = {game.key: game for two in games.values() for game in two}
-    out = Path(out)
-    with Log(Path(f"{out}.games.jsonl")) as log:
+    with Log(log_file) as log:
         asked = [row for row in log.rows if row["key"] in wanted]
         done = {row["key"] for row in asked if row["verdict"] is not None}
         todo = [game for game in wanted.values() if game.key not in done]
-        if todo:
-            out.unlink(missing_ok=True)  # of an earlier call: no total may be made of it
         asked += _ask_all(benchmark, todo, settings, endpoint, log, len(wanted))
-    last = {row["key"]: row for row in sorted(asked, key=lambda row: row["verdict"] is not None)}
-    missing = defaultdict(list)
-    for game in wanted.values():
-        row = last.get(game.key, {"verdict": None, "error": "not asked"})
-        if row["verdict"] is None:
-            missing[row["error"]].append(game.id if benchmark == "alpaca" else f"{game.id}, game {game.number + 1}")
-    summary = {
-        "benchmark": benchmark if benchmark == "alpaca" else f"{benchmark}, {category}",
-        "judge": endpoint.model,
-        "template": f"{'built-in' if template is None else Path(template).name} {digest(turns)[:12]}",
-        "settings": settings,
-        "pairs": len(pairs),
-        "games": len(wanted),
-        "judged": len(wanted) - sum(map(len, missing.values())),
-        "judged_by": dict(Counter(row["by"] for row in last.values() if row["verdict"] is not None)),
-        "missing": dict(missing),
-        "empty_responses": [p.id for p in pairs if not output(p.answer, benchmark).strip()],
-        **_spent(asked, endpoint),
-    }
-    write(Path(f"{out}.summary.json"), json.dumps(summary, indent=2) + "\n")
-    if missing and not allow_missing:
-        counts = "; ".join(f"{len(ids)} {why}, the first {ids[0][:60]!r}" for why, ids in missing.items())
-        raise ConfigError(
-            f"{sum(map(len, missing.values()))} of {len(wanted)} games have no verdict: {counts}; all are in {out}"
-            ".summary.json. No judgments are written. Call again to ask for these alone, or set allow_missing"
-        )
-    shape = _annotation if benchmark == "alpaca" else _judgment
-    write_rows(out, [shape(p, endpoint.model, [(g, last.get(g.key)) for g in games[p.id]]) for p in pairs])
+        last = {row["key"]: row for row in sorted(asked, key=lambda row: row["verdict"] is not None)}
+        missing = defaultdict(list)
+        for game in wanted.values():
+            row = last.get(game.key, {"verdict": None, "error": "not asked"})
+            if row["verdict"] is None:
+                missing[row["error"]].append(game.id if benchmark == "alpaca" else f"{game.id}, game {game.number + 1}")
+        summary = {
+            "benchmark": benchmark if benchmark == "alpaca" else f"{benchmark}, {category}",
+            "judge": endpoint.model,
+            "template": f"{'built-in' if template is None else Path(template).name} {digest(turns)[:12]}",
+            "settings": settings,
+            "pairs": len(pairs),
+            "games": len(wanted),
+            "judged": len(wanted) - sum(map(len, missing.values())),
+            "judged_by": dict(Counter(row["by"] for row in last.values() if row["verdict"] is not None)),
+            "missing": dict(missing),
+            "empty_responses": [p.id for p in pairs if not output(p.answer, benchmark).strip()],
+            **_spent(asked, endpoint),
+        }
+        log.write(summary_file, json.dumps(summary, indent=2) + "\n")
+        if missing and not allow_missing:
+            kept = f" ({out} is of an earlier call)" if out.exists() else ""
+            counts = "; ".join(f"{len(ids)} {why}, the first {ids[0][:60]!r}" for why, ids in missing.items())
+            raise ConfigError(
+                f"{sum(map(len, missing.values()))} of {len(wanted)} games have no verdict: {counts}; all are in {out}"
+                f".summary.json. No judgments are written{kept}. Call again to ask for these alone, or set "
+                "allow_missing"
+            )
+        shape = _annotation if benchmark == "alpaca" else _judgment
+        rows = [shape(p, endpoint.model, [(g, last.get(g.key)) for g in games[p.id]]) for p in pairs]
+        write_rows(out, rows, log)
     return summary
 
 

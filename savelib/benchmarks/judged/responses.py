@@ -26,6 +26,7 @@ from savelib.benchmarks.judged.answers import (
     read_rows,
     text_of,
     write_rows,
+    wrote,
 )
 from savelib.config import Config, make_config
 from savelib.data.chat import render
@@ -33,7 +34,7 @@ from savelib.data.pairs_and_prompts import Prompt
 from savelib.models.compute import pick_device
 from savelib.models.loading import load_policy, policy_source
 from savelib.models.rollout import sample
-from savelib.paths import resolve
+from savelib.paths import resolve, writable_file
 
 SAMPLING = ("seed", "temperature", "top_p", "top_k", "max_new_tokens", "precision")
 TABLE8 = {"profile": "paper", "num_processes": 1, "backend": "ddp", "max_prompt_tokens": 16384}  # in one process
@@ -57,16 +58,20 @@ def generate(
     baselines wants theirs: `lambda text: len(tiktoken.encoding_for_model("gpt-4o").encode(text))`.
     Responses are kept in `<out>.partial.jsonl` as they come, and are not sampled again: interrupt it and call again.
     A response's random numbers depend on its id and config.seed alone. `out` is written when all are there.
-    Raises ConfigError for bad prompts.
+    Raises ConfigError for bad prompts, and where `out` is an input or holds what no earlier call wrote.
     """
     config = config or make_config(**TABLE8)
+    log_file = Path(f"{out}.partial.jsonl")
+    inputs = {"policy": policy, "prompts": prompts}
+    out = writable_file("out", out, inputs, wrote(log_file))
+    writable_file("out", log_file, inputs, Path.is_file)  # Log checks what is in it
     asked = by_id(read_rows(prompts, "prompts"), benchmark, f"prompts = {str(prompts)!r}")
     texts = {i: text_of(row, TEXT[benchmark], f"prompts: {i[:60]!r}") for i, row in asked.items()}
     source = resolve(policy_source(config.model_copy(update={"policy_model": str(policy)})))
     name = name or Path(policy).name
     made_with = [source, _files(Path(source)), config.only(*SAMPLING)]
     keys = {i: digest(made_with, i, text) for i, text in texts.items()}
-    with Log(Path(f"{out}.partial.jsonl")) as log:
+    with Log(log_file) as log:
         done = {row["key"]: row for row in log.rows}
         todo = [Prompt(i, [{"role": "user", "content": text}]) for i, text in texts.items() if keys[i] not in done]
         if todo:
@@ -82,8 +87,8 @@ def generate(
                 row = {"key": keys[prompt.id], "output": text, "finished": finished, "token_len": count(text)}
                 done[row["key"]] = log.append(row)
             progress(len(batch))
-    rows = [_shaped(benchmark, asked[i], texts[i], name, done[keys[i]]) for i in texts]
-    write_rows(Path(out), rows)
+        rows = [_shaped(benchmark, asked[i], texts[i], name, done[keys[i]]) for i in texts]
+        write_rows(out, rows, log)
     return {
         "responses": len(rows),
         "unfinished": sum(not row["finished"] for row in rows),
