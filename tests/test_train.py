@@ -1,6 +1,8 @@
 """A run from config to folder, and its command line."""
 
 import json
+import re
+from datetime import datetime
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from tiny_models import paper_run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+from savelib.analysis.runs import runs_table
 from savelib.cli import app, summary
 from savelib.config import ConfigError, make_config
 from savelib.paths import runs_dir
-from savelib.runs.folder import RunLog, read_config, read_manifest, read_metrics, read_samples
+from savelib.runs.folder import RunLog, new_run_id, read_config, read_manifest, read_metrics, read_samples
 from savelib.runs.train import train
 from savelib.training.finite import NonFiniteError
 
@@ -73,6 +76,39 @@ def test_a_run_that_left_the_numbers_names_the_checkpoint_to_go_on_from(base):
         train(make_config(**values))
     assert read_manifest("bad")["status"] == "failed" and str(checkpoint) in read_manifest("bad")["error"]
     assert len(train(make_config(**values | dict(value_loss_weight=1.0, run_id="again"))).name)
+
+
+def test_a_clock_that_is_set_back_by_an_hour(monkeypatch):
+    """Names stay apart, seconds and the time left go on, resuming too."""
+    now = {"time": 1.8e9}
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return datetime.fromtimestamp(now["time"], zone)
+
+    monkeypatch.setattr("savelib.runs.folder.datetime", Clock)
+    monkeypatch.setattr("time.time", lambda: now["time"])
+    config, names = make_config(tracker="none"), []
+    for _ in range(3):
+        names.append(new_run_id(config))
+        with RunLog.create(make_config(run_id=names[-1], tracker="none")):
+            now["time"] += 3600 if len(names) == 1 else -3600 * (len(names) == 2)
+    again = new_run_id(config)
+    assert len({*names, again}) == 4 and again.startswith(names[0])
+    with RunLog.create(make_config(run_id="back", tracker="none")) as log:
+        log.metrics(0, {})
+        for step in (1, 2):
+            now["time"] -= 3600
+            log.metrics(step, {"time/tokens_per_second": 9.0})
+        assert re.search(r"0:00:\d\d left", log.progress()), log.progress()
+    now["time"] -= 3600
+    with RunLog(make_config(run_id="back", tracker="none")) as log:
+        log.begin(resuming=True, step=2)
+        log.metrics(3, {})
+    seconds = read_metrics("back")["seconds"].tolist()
+    assert len(seconds) == 4 and seconds == sorted(seconds) and seconds[0] >= 0 and seconds[-1] < 60
+    assert 0 <= read_manifest("back")["seconds"] < 60 and len(runs_table()) == 4
 
 
 def test_metrics_stay_strict_json(tmp_path):

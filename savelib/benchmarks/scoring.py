@@ -123,7 +123,7 @@ def evaluate(
     All data are read before anything is scored: if any is missing or bad, nothing is. A benchmark gets figures only
     when all its rows are scored. Raises ConfigError.
     """
-    names, started = list(dict.fromkeys(names)), time.time()
+    names, started = list(dict.fromkeys(names)), time.monotonic()
     out = writable_folder("out", out, {"model": model, "data_dir": data_dir}, _made_by_evaluate)
     if truncation not in get_args(Truncation):
         raise ConfigError(f"truncation = {truncation!r}: choose from {', '.join(get_args(Truncation))}")
@@ -158,7 +158,7 @@ def evaluate(
         manifest |= {"status": status, "error": f"{type(error).__name__}: {error}"}
         raise
     finally:
-        manifest |= {"finished": _now(), "seconds": round(time.time() - started, 1)}
+        manifest |= {"finished": _now(), "seconds": round(time.monotonic() - started, 1)}
         write_atomically(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         _write_summary(out, scorer.fingerprint)
     return results

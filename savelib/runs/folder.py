@@ -50,9 +50,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def new_run_id(config: Config) -> str:
-    """The config's run_id, or one made of profile, rule, algorithm, seed and the time in UTC."""
+    """The config's run_id, or a new one made of profile, rule, algorithm, seed and the time in UTC."""
     made = f"{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    return config.run_id or made
+    names = [made, *(f"{made}-{i}" for i in range(2, 100))]  # the clock may have been set back
+    return config.run_id or next(name for name in names if not (runs_dir() / name).exists())
 
 
 def refuse_existing(run_id: str) -> None:
@@ -72,7 +73,7 @@ class RunLog:
     """
 
     def __init__(self, config: Config):
-        self.config, self.folder, self.started = config, runs_dir() / config.run_id, time.time()
+        self.config, self.folder, self.started = config, runs_dir() / config.run_id, time.monotonic()
         self.recent: deque[dict[str, Any]] = deque(maxlen=PACE)
         self.begun = False
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line: the step, seconds since the start, and every value."""
-        row = {"step": step, "seconds": round(time.time() - self.started, 3)} | values
+        row = {"step": step, "seconds": round(time.monotonic() - self.started, 3)} | values
         self._append("metrics.jsonl", [row])
         self.recent.append(row)
 
@@ -146,7 +147,7 @@ class RunLog:
             "status": status,
             "error": None if error is None else f"{kind.__name__}: {error}",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - self.started, 1),
+            "seconds": round(time.monotonic() - self.started, 1),
             "savelib": __version__,
             "commit": _commit(),
             "python": platform.python_version(),
