@@ -99,6 +99,8 @@ def test_newest_run_is_the_one_that_finished_last_and_was_not_cut(tmp_path):
         ({"gold/pseudo_label_accuracy": [0.8, 0.3]}, ["30%"]),
         ({"eval/gold": [0.4, 0.9, 0.1]}, ["fell from 0.900 to 0.100"]),
         ({}, []),
+        ({"value/lag": [0.8, 1.6]}, ["lag: V lies 1.2 spreads"]),
+        ({"value/lag": [-3.0, 1.9]}, []),
     ],
 )
 def test_warnings(rows, words):

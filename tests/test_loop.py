@@ -2,6 +2,7 @@
 
 import copy
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,17 @@ def test_only_what_should_move_moves(world, rule, tmp_path):
         name = "model.layers.0.mlp.up_proj.weight"
         step = (dict(t.reward_model.model.named_parameters())[name] - before["reward"][name]).abs().max()
         assert 2e-8 < step < 3e-7
+
+
+def test_lag_is_how_far_v_lies_above_the_rewards_in_spreads_of_a_group(world):
+    t = trainer(world, batch_size=2)  # so the logged groups are all of the batch
+    with torch.no_grad():
+        t.reward_model.value_head[-1].bias.add_(0.3)
+    metrics, samples = save_step(t, 1)
+    groups = [[row["reward"] for row in samples if row["value"] == v] for v in {row["value"] for row in samples}]
+    above = sum(row["value"] - row["reward"] for row in samples) / len(samples)
+    spreads = [statistics.stdev(group) for group in groups]
+    assert len(groups) == 2 and metrics["value/lag"] == pytest.approx(above / statistics.mean(spreads), rel=1e-4)
 
 
 def test_lead_is_the_mean_reward_above_that_of_preference_pairs(world):

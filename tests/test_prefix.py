@@ -167,3 +167,13 @@ def test_prompts_are_computed_once_and_ended_rows_leave_the_batch(tmp_path):
     assert counted[1] == 24 and counted == [counted[0], *sorted(counted[1:], reverse=True)]
     assert lengths.max() > lengths.float().mean() * 1.5, "the case needs rows of different lengths"
     assert lengths.sum() - 24 <= sum(counted[1:]) <= 2 * lengths.sum()
+
+
+def test_rounding_errors_of_large_logits_do_not_stop_sharing(tmp_path):
+    model, _ = load_policy(str(make_policy(tmp_path / "policy")), CPU)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert model(ids).logits.abs().max() > 1e3
+    assert prefix.shares_prefixes(model)

@@ -8,6 +8,9 @@ from savelib.analysis.glossary import BEFORE_AFTER, METRICS
 from savelib.analysis.runs import at_end, at_start, has
 
 DRIFT = 1.0  # how far the mean reward may move before it is worth a warning
+LAG = (
+    1.0  # spreads by which V may lie above the rewards: at 1.4 half of the valid groups were lost, below 0.3 none were
+)
 
 
 WEAK_PUSH = -0.37  # A - D of a run's first third: above it SAVE may harm; from development runs, notebook 09 (b)
@@ -29,6 +32,13 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
             f"net force: A - D is {net:.2f} over the first third, above {WEAK_PUSH}: few responses are pushed down, "
             "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs, "
             "or run rule=save_checked"
+        )
+    lag = metrics["value/lag"].mean() if has(metrics, "value/lag") else 0.0
+    if lag > LAG:
+        said.append(
+            f"lag: V lies {lag:.1f} spreads of a group above the mean reward, more than {LAG}: the rewards' level "
+            "falls faster than V follows, so few groups have both sides and the update stops; lower reward_head_lr and "
+            "backbone_lr or raise value_head_lr"
         )
     if has(metrics, "force/push") and has(metrics, "gold/success_rate") and always_down:
         bad = (metrics["force/push"] > metrics["force/pull"]) & (metrics["gold/success_rate"] > 0.5)

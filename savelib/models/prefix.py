@@ -66,8 +66,9 @@ def _equal_on_a_few_tokens(model: nn.Module) -> bool:
         found = forward_suffixes(model, cache, prefix_lengths, of, make([[2, 3], [4, 0], [5, 6]]), lengths)[0]
         for i, (prefix, suffix) in enumerate(rows):
             whole = model(input_ids=make([prefix + suffix]), use_cache=False)[0][0, len(prefix) :]
+            size = whole.abs().max().item()  # SmolLM2's logits reach 30, and their rounding errors .001
             if not torch.allclose(
-                found[i, : len(suffix)], whole, rtol=0, atol=1e-3 if exact else 0.05 * whole.abs().max().item()
+                found[i, : len(suffix)], whole, rtol=0, atol=max(1e-3, 1e-4 * size) if exact else 0.05 * size
             ):
                 return False
     return True
