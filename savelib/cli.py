@@ -341,7 +341,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="size quick, 2 repeats")] = False,
 ) -> None:
     """Time a step of TRL's GRPO, our GRPO and SAVE in turn, and hold the ratios against their bars."""
-    from savelib.experiments.cost import DEFAULT_SIZES, report, run
+    from savelib.experiments.cost import run
+    from savelib.experiments.cost_report import report
+    from savelib.experiments.cost_sizes import DEFAULT_SIZES
 
     wanted = ["quick"] if quick else sizes.split(",") if sizes else list(DEFAULT_SIZES)
     folder = run(wanted, 2 if quick else repeats, out)
