@@ -28,8 +28,8 @@ train: .venv/.installed $(if $(filter smol,$(PROFILE)),.venv/.installed-smol) ##
 test: .venv/.installed ## run the tests: PYTEST_ARGS="tests/test_feedback.py -k partition"
 	OMP_NUM_THREADS=1 $(VENV) -m pytest $(PYTEST_ARGS)
 
-test-kill: .venv/.installed ## kill training 30 times, in the middle of saves too, and resume: 20 minutes
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -m kill -s tests/test_kill.py
+test-kill: .venv/.installed ## kill training 50 times, in the middle of saves too, and resume: 20 minutes
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -m kill -s tests/test_kill.py tests/test_kill_saves.py
 
 bench: .venv/.installed ## time a step of TRL's GRPO, our GRPO and SAVE: ARGS="--sizes a,b --repeats 7"
 	$(VENV) -m savelib bench $(ARGS)
