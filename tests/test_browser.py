@@ -21,6 +21,7 @@ from savelib.runs.folder import read_manifest, read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")]
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 RUN = """from savelib.config import make_config
 from savelib.runs.launch import launch
 launch(make_config(run_id="{}", total_steps={}, eval_every=2, eval_prompts=16, tracker="none"))"""
@@ -69,8 +70,9 @@ def test_without_scripts_there_is_a_still_picture(browser, figure):
 @pytest.fixture
 def lab(tmp_path):
     """The address of a JupyterLab in tmp_path, and its folder of runs."""
-    nbformat.write(new_notebook(cells=[new_code_cell(RUN.format("whole", 8))]), tmp_path / "whole.ipynb")
-    nbformat.write(new_notebook(cells=[new_code_cell(RUN.format("cut", 400))]), tmp_path / "cut.ipynb")
+    for name, steps in (("whole", 8), ("cut", 400)):
+        notebook = new_notebook(cells=[new_code_cell(RUN.format(name, steps))], metadata={"kernelspec": KERNEL})
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     env = os.environ | {"SAVE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
     env |= {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data")}
     words = ["--no-browser", "--allow-root", "--port=0", "--ip=127.0.0.1", f"--notebook-dir={tmp_path}"]
