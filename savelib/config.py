@@ -261,6 +261,29 @@ class Config(BaseModel):
     value_head_lr: float = _field(1e-5, "table 8", "value head learning rate in the loop", gt=0, le=LARGEST_RATE)
     value_loss_weight: float = _field(1.0, "table 8, lambda_V", "weight of L_V (eq. 21)", gt=0)
     policy_lr: float = _field(2e-6, "table 8", "policy learning rate", gt=0, le=LARGEST_RATE)
+    reward_shaping: Literal["none", "par"] = _field(
+        "none", "arXiv 2502.18770", "par: the policy's reward is the mean sigmoid(R - R of a reference response)"
+    )
+    par_references: int = _field(
+        10, "arXiv 2502.18770, M", "reward_shaping=par: responses of the initial policy per prompt", ge=1
+    )
+    ensemble: int = _field(
+        1,
+        "arXiv 2310.02743",
+        "reward models whose preference stages differ in their seed: order of the pairs, start of a new reward head; "
+        "rule frozen alone",
+        ge=1,
+        stage=1,
+    )
+    ensemble_reward: Literal["mean", "wco", "uwo"] = _field(
+        "mean",
+        "arXiv 2310.02743",
+        "the ensemble's reward, each member less its mean over the training pairs' responses: mean; wco: the smallest; "
+        "uwo: mean - 0.5 variance",
+    )
+    meta_lr: float = _field(
+        1e-3, "arXiv 2405.00438, eta", "rule metarm: rate of the ascent on J", gt=0, le=LARGEST_RATE
+    )
     freeze_policy: bool = _field(False, "table 1", "w/o policy optimization: the policy never moves")
     beta: float = _field(0.04, "table 8", "KL penalty to the initial policy", ge=0)
     kl: Literal["algorithm", "loss", "reward"] = _field(
@@ -360,6 +383,19 @@ class Config(BaseModel):
             )
         if ALGORITHMS[self.algo].by_token and self.advantages_over == "all":
             raise ValueError(f"advantages_over=all: algo {self.algo!r} has no statistics over the rewards of a group")
+        if ALGORITHMS[self.algo].best_only and (self.kl == "reward" or self.advantages_over == "all"):
+            raise ValueError(
+                f"algo {self.algo!r} learns from the best response alone: use kl=loss and advantages_over=kept with it"
+            )
+        if RULES[self.rule].lookahead and self.backend != "ddp":
+            raise ValueError(f"rule {self.rule!r} moves weights back and forth: use backend=ddp, not {self.backend!r}")
+        if self.reward_shaping == "par" and RULES[self.rule].extra:
+            raise ValueError(f"reward_shaping=par: rule {self.rule!r} rewards the current responses only")
+        if self.ensemble > 1 and (self.rule != "frozen" or not self.bt_epochs):
+            raise ValueError(
+                f"ensemble = {self.ensemble} needs rule=frozen and a preference stage (bt_epochs above 0), which its "
+                f"members differ in; here rule = {self.rule!r}, bt_epochs = {self.bt_epochs}"
+            )
         if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs or RULES[self.rule].otherwise):
             raise ValueError(
                 f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"
@@ -378,6 +414,11 @@ class Config(BaseModel):
     @property
     def share_of_pairs(self) -> float:
         return self.pairs_share or self.start_share
+
+    @property
+    def members(self) -> list[Config]:
+        """The configurations whose preference stages give an ensemble's other members."""
+        return [self.model_copy(update={"seed": self.seed + 1000 * i}) for i in range(1, self.ensemble)]
 
     def of_stage(self, stage: int) -> dict[str, Any]:
         """The fields that the results of the stages up to this one depend on."""

@@ -1,18 +1,28 @@
 """PAR, ensembles, MetaRM, RAFT and the oracle against transcriptions in plain Python."""
 
+import copy
+import json
 import math
 import statistics
 
 import pytest
 import torch
+from tiny_models import paper_run
 
+from savelib.config import ConfigError, make_config
 from savelib.method import (
     best_of_group,
     combined_rewards,
     metarm_difference,
     oracle_loss,
     par_rewards,
+    policy_advantages,
 )
+from savelib.models.compute import seed_everything
+from savelib.models.rollout import completion_logprobs
+from savelib.training.algorithm import prepare, save_step
+from savelib.training.evaluation import evaluate
+from savelib.training.scoring import encode_groups
 
 
 def sigmoid(x: float) -> float:
@@ -79,3 +89,153 @@ def test_raft_takes_the_best_kept_response_of_each_group(rewards):
         assert [i for i, f in enumerate(found) if f] == ([max(among, key=row.__getitem__)] if among else [])
     tie = best_of_group(torch.ones(1, 3), torch.tensor([[False, True, True]]))
     assert tie.tolist() == [[False, True, False]]
+
+
+# in a step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return paper_run(tmp_path_factory.mktemp("base")) | dict(
+        anchor_prompts=4, total_steps=4, batch_size=4, group_size=6, precision="float32", gradient_checkpointing=False,
+        backbone_lr=0.0, reward_head_lr=1e-2, policy_lr=1e-3, tracker="none", rule="frozen",
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SAVE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("SAVE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_raft_s_gradient_is_that_of_cross_entropy_on_the_best_responses(base):
+    t = prepare(make_config(**base | dict(algo="raft", beta=0.0)))
+    seed_everything("step", t.config.seed, 1)
+    rollout = t.sample(1)
+    rewards = t.scores(encode_groups(t.reward_model, rollout), rollout, 1).rewards
+    expected = 0.0
+    for b, row in enumerate(rewards.tolist()):
+        best = b * 6 + row.index(max(row))
+        logprobs = completion_logprobs(t.policy, rollout, torch.tensor([best]), t.config)[0]
+        expected = expected - logprobs[: rollout.completion_lengths.flatten()[best]].mean() / 4
+    parameter = t.policy.model.layers[0].mlp.up_proj.weight
+    (wanted,) = torch.autograd.grad(expected, parameter)
+    found = {}
+    t.engines["policy"].step = lambda divisor: found.update(gradient=parameter.grad / divisor) or 0.0
+    metrics, _ = save_step(t, 1)
+    assert metrics["policy/responses"] == 4
+    torch.testing.assert_close(found["gradient"], wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_metarm_step_equals_a_plain_transcription(base):
+    """theta' = theta + eta grad J; then Adam's step on Bradley-Terry's gradient at theta', from theta."""
+    t = prepare(make_config(**base | dict(rule="metarm", meta_lr=5.0, max_grad_norm=1e9)))
+    rm, c = t.reward_model, t.config
+    copied = copy.deepcopy(rm)
+    head = copied.model.score.weight
+    seed_everything("step", c.seed, 1)
+    rollout = t.sample(1)
+
+    def scored(conversations):
+        return copied.score(copied.encode(conversations)).rewards
+
+    rows = list(zip(rollout.prompts, rollout.texts, rollout.finished, strict=True))
+    total = 0.0
+    for prompt, texts, finished in rows:
+        rewards = scored([(prompt.messages, text) for text in texts])[finished]
+        k = len(rewards)
+        for i in range(k):
+            for j in range(i + 1, k):
+                total = total + 2 / k**2 * torch.sigmoid((rewards[i] - rewards[j]).abs()) / len(rows)
+    (ascent,) = torch.autograd.grad(total, head)
+    start = head.detach().clone()
+    with torch.no_grad():
+        head += c.meta_lr * ascent
+    losses = []
+    for pair in t.batch(t.data.pairs, 1):
+        chosen, rejected = scored([(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)])
+        losses.append(-torch.nn.functional.logsigmoid(chosen - rejected))
+    (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), head)
+    expected = start - c.reward_head_lr * gradient / (gradient.abs() + 1e-8)  # Adam's first step
+
+    metrics, _ = save_step(t, 1)
+    assert metrics["rm/difference"] == pytest.approx(total.item(), rel=1e-4)
+    assert metrics["rm/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    clear = gradient.abs() > 1e-5  # elsewhere Adam's first step is a sign of rounding
+    assert clear.float().mean() > 0.9
+    torch.testing.assert_close(rm.model.score.weight[clear], expected[clear], atol=1e-5, rtol=1e-3)
+
+
+def test_par_shapes_the_policy_s_rewards_alone(base, monkeypatch):
+    t = prepare(make_config(**base | dict(reward_shaping="par", par_references=3)))
+    seen = []
+    monkeypatch.setattr(
+        "savelib.training.policy_update.policy_advantages",
+        lambda algo, rewards, *rest: seen.append(rewards) or policy_advantages(algo, rewards, *rest),
+    )
+    plain = prepare(make_config(**base | dict(par_references=3)))
+    metrics, rows = save_step(t, 1)
+    shaped = seen.pop()
+    other, same_rows = save_step(plain, 1)
+    assert rows == same_rows and metrics["reward/mean"] == other["reward/mean"], "R itself is what is logged"
+    references, rm = plain.references(1), plain.reward_model
+    assert references.completion_ids.shape[:2] == (4, 3)
+    for b, (prompt, texts) in enumerate(zip(references.prompts, references.texts, strict=True)):
+        of = rm.score(rm.encode([(prompt.messages, text) for text in texts])).rewards.tolist()
+        for g, reward in enumerate(seen[-1][b].tolist()):
+            assert shaped[b, g].item() == pytest.approx(sum(sigmoid(reward - r) for r in of) / 3, rel=1e-4)
+    again = plain.references(1)
+    assert torch.equal(again.completion_ids, references.completion_ids), "whatever was drawn between"
+
+
+@pytest.mark.parametrize("how", ["mean", "wco", "uwo"])
+def test_an_ensemble_scores_with_all_its_members(base, how):
+    stage = dict(bt_epochs=2, bt_batch_size=2, bt_head_lr=1e-2, bt_backbone_lr=1e-3, ensemble=3, ensemble_reward=how)
+    t = prepare(make_config(**base | stage))
+    alone = [prepare(t.config)] + [prepare(m) for m in t.config.members]
+    for a in alone:
+        a.reward_model = a.reward_model.members[0]
+    prompt = t.data.prompts[0].messages
+    encoded = t.reward_model.encode([(prompt, text) for text in ("Yes", "No", "Perhaps")])
+    each = []
+    for a in alone:
+        level = [
+            a.reward_model.score(a.reward_model.encode([(p.prompt, r)])).rewards.item()
+            for p in t.data.pairs
+            for r in (p.chosen, p.rejected)
+        ]
+        each.append(a.reward_model.score(encoded).rewards - sum(level) / len(level))
+    assert not torch.allclose(each[0], each[1], atol=1e-4), "the members differ"
+    each = torch.stack(each)
+    by_hand = {"mean": each.mean(0), "wco": each.min(0).values, "uwo": each.mean(0) - 0.5 * each.var(0)}[how]
+    torch.testing.assert_close(t.reward_model.score(encoded).rewards, by_hand, atol=1e-4, rtol=1e-3)
+    assert evaluate(t).keys() == evaluate(alone[0]).keys()
+    save_step(t, 1)
+
+
+def test_oracle_needs_gold_and_learns_from_it(base, tmp_path):
+    with pytest.raises(ConfigError, match="rule = 'oracle' needs prompts whose right answers are known"):
+        prepare(make_config(**base | dict(rule="oracle")))
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [dict(id=str(i), prompt=f"Say {i}", checks=[dict(kind="max_words", n=1)]) for i in range(12)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    t = prepare(make_config(**base | dict(rule="oracle", prompts=str(prompts), length_filter="reward_model")))
+    seed_everything("step", t.config.seed, 1)
+    rollout = t.sample(1)
+    gold, finished = rollout.gold(), rollout.finished
+    usable = [((g > 0.5) & f).any() and ((g <= 0.5) & f).any() for g, f in zip(gold, finished, strict=True)]
+    metrics, _ = save_step(t, 1)
+    assert 0 < metrics["rm/groups"] == sum(map(bool, usable))
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (dict(algo="raft", kl="reward"), "algo 'raft' learns from the best response alone: use kl=loss"),
+    (dict(algo="raft", advantages_over="all"), "algo 'raft' learns from the best response alone"),
+    (dict(rule="metarm", backend="deepspeed_zero2"), "rule 'metarm' moves weights back and forth: use backend=ddp"),
+    (dict(rule="r2m", reward_shaping="par"), "reward_shaping=par: rule 'r2m' rewards the current responses only"),
+    (dict(rule="save", ensemble=3, bt_epochs=1), "ensemble = 3 needs rule=frozen"),
+    (dict(ensemble=3, bt_epochs=0), "ensemble = 3 needs rule=frozen and a preference stage"),
+])  # fmt: skip
+def test_what_cannot_be_combined_is_refused(base, values, said):
+    with pytest.raises(ConfigError, match=said):
+        make_config(**base | values)

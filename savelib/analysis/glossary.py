@@ -41,6 +41,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "guard/undone": ("blocks that were undone so far (save_checked)", ""),
     "guard/resting": ("1 in steps without an update of the reward model (save_checked)", ""),
     "guard/form": ("which loss the block runs: 0 SAVE, 1 its mirror image (save_checked)", ""),
+    "rm/difference": ("MetaRM's J: how far the reward model tells the policy's responses apart", ""),
     "rm/pairs": ("preference pairs with a loss", ""),
     "process/loss": ("loss of PRIME's process reward model", "lower"),
     "process/accuracy": ("responses that PRIME's process reward model puts on the outcome's side", "higher"),

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from savelib.method.remedies import best_of_group
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -24,6 +26,8 @@ class Algorithm:
         (with ratio "row sum" a row's KL is a sum too).
     leave_one_out: the baseline of a response is the mean of the others of its group, and nothing divides by the std.
     clip: (low, high), how far w may be below and above 1.
+    best_only: the policy learns from the best kept response of each group alone, with advantage 1; as a step starts at
+        the policy that sampled, the gradient is that of cross-entropy (the mean over a row's tokens, then over rows).
     kl_in_loss: by default the KL is k3 in the loss; else k1 in the reward.
     extra: name of a model that the algorithm trains (`training.trainer.EXTRA_LR`).
     """
@@ -31,6 +35,7 @@ class Algorithm:
     ratio: Literal["token", "row mean", "row sum"]
     by_token: bool = False
     leave_one_out: bool = False
+    best_only: bool = False
     clip: tuple[float, float] = (0.2, 0.2)
     kl_in_loss: bool = True
     extra: str | None = None
@@ -42,6 +47,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rloo": Algorithm("row sum", leave_one_out=True, kl_in_loss=False),
     "reinforce_pp": Algorithm("token", by_token=True, kl_in_loss=False),
     "prime": Algorithm("token", by_token=True, extra="process_reward"),
+    "raft": Algorithm("token", best_only=True),
 }
 
 
@@ -73,7 +79,8 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def policy_advantages(algo: str, rewards: Tensor, kept: Tensor, over: str = "kept") -> Tensor:
-    """Group advantages: GRPO, GSPO (r - mean) / (std + 1e-4), unbiased std; RLOO r - mean of the others.
+    """Group advantages: GRPO, GSPO (r - mean) / (std + 1e-4), unbiased std; RLOO r - mean of the others; RAFT 1 for the
+    best kept response and 0 for the others.
 
     rewards [B, G], kept [B, G] bool -> [B, G], no graph; 0 where not kept and where fewer than 2 are kept.
     over: the statistics are those of the "kept" responses of the group, or of "all" G. ValueError for another value,
@@ -85,6 +92,8 @@ def policy_advantages(algo: str, rewards: Tensor, kept: Tensor, over: str = "kep
     if over not in ("kept", "all"):
         raise ValueError(f"over {over!r}: choose one of kept, all")
     kept = kept.bool()
+    if row.best_only:
+        return best_of_group(rewards, kept).to(rewards.dtype)
     counted = kept if over == "kept" else torch.ones_like(kept)  # [B, G]
     count = counted.sum(1, keepdim=True)  # [B, 1]
     mean = rewards.masked_fill(~counted, 0.0).sum(1, keepdim=True) / count.clamp(min=1)  # [B, 1]

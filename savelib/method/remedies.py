@@ -37,15 +37,17 @@ def combined_rewards(rewards: Tensor, how: Combination) -> Tensor:
     raise ValueError(f"how {how!r}: choose one of mean, wco, uwo")
 
 
-def metarm_difference(rewards: Tensor) -> Tensor:
+def metarm_difference(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
     """MetaRM's J (arXiv 2405.00438): 2/k^2 times the sum over i < j of sigmoid(|r_i - r_j|), the mean over groups.
 
-    rewards [B, k] of the current policy's responses -> scalar. It is ascended before the labelled pairs are learned.
+    rewards [B, G] of the current policy's responses, eligible [B, G] bool: k of each group are -> scalar; groups
+    without two count as 0. It is ascended before the labelled pairs are learned.
     """
-    k = rewards.shape[1]
-    first, second = torch.triu_indices(k, k, offset=1, device=rewards.device)
-    apart = (rewards[:, first] - rewards[:, second]).abs().sigmoid()  # [B, k (k - 1) / 2]
-    return apart.sum(1).mean() * 2 / k**2
+    eligible = torch.ones_like(rewards, dtype=torch.bool) if eligible is None else eligible.bool()
+    first, second = torch.triu_indices(rewards.shape[1], rewards.shape[1], offset=1, device=rewards.device)
+    apart = (rewards[:, first] - rewards[:, second]).abs().sigmoid()  # [B, G (G - 1) / 2]
+    both = eligible[:, first] & eligible[:, second]
+    return (apart.masked_fill(~both, 0.0).sum(1) * 2 / eligible.sum(1).clamp(min=1) ** 2).mean()
 
 
 def oracle_loss(rewards: Tensor, right: Tensor, wrong: Tensor) -> Tensor:

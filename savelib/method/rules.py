@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from savelib.method.equations import Partition, save_loss
+from savelib.method.remedies import oracle_loss
 from savelib.method.variants import (
     hl_bt_loss,
     mirrored_save_loss,
@@ -41,6 +42,9 @@ class Rule:
     checked: blocks of steps stay only if guard pairs say so (`training.guard`); after one that did not, the other loss
         has its turn.
     centred: the gradient holds the mean reward of a batch of preference pairs where it is.
+    by_gold: sides are those of gold, not of the filter: the positives are right, the negatives wrong.
+    lookahead: the gradient on the preference pairs is taken where a step of gradient ascent on MetaRM's J leads
+        (rate meta_lr), and applied where the weights were.
     pairs: Bradley-Terry on the offline preference pairs instead of the responses: (rewards of the chosen [N], of the
         rejected [N]) -> those of the better and of the worse responses [n] of the pairs that have a loss.
     extra: name of a module that is trained on the same loss and takes part in scoring (`training.trainer.EXTRA_LR`).
@@ -54,6 +58,8 @@ class Rule:
     otherwise: GroupLoss | None = None
     checked: bool = False
     centred: bool = False
+    by_gold: bool = False
+    lookahead: bool = False
     pairs: PairLabels | None = None
     extra: str | None = None
     backbone: bool = True
@@ -101,6 +107,10 @@ def _r2m(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor)
     return r2m_loss(rewards, eligible)
 
 
+def _oracle(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor) -> Tensor:
+    return oracle_loss(rewards, partition.positive, partition.negative)
+
+
 RULES: dict[str, Rule] = {
     "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, _valid),
     "save_either_way": Rule(
@@ -138,6 +148,17 @@ RULES: dict[str, Rule] = {
         groups=_two_eligible,
         extra="policy_feedback",
         backbone=False,
+    ),
+    "metarm": Rule(
+        "MetaRM: Bradley-Terry on the preference pairs, those first that tell the policy's responses apart",
+        pairs=as_labelled,
+        lookahead=True,
+    ),
+    "oracle": Rule(
+        "the ceiling: Bradley-Terry on a right and a wrong response of each group, by gold",
+        loss=_oracle,
+        groups=_valid,
+        by_gold=True,
     ),
     "frozen": Rule("the reward model never moves: plain RL"),
     "frozen_filtered": Rule(

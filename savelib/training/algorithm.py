@@ -6,12 +6,14 @@ update (input of the value head, rewards of the policy). Groups without contrast
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from savelib.config import Config
-from savelib.method import running_mean, value_loss
+from savelib.method import metarm_difference, running_mean, value_loss
 from savelib.models.compute import seed_everything
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Responses
@@ -43,8 +45,9 @@ def prepare(config: Config, checkpoint: Path | None = None) -> Trainer:
     """
     data = load_data(config)
     reward_model = preference_stage(config, data.pairs)  # eq. 2, 11
+    others = [preference_stage(member, data.pairs) for member in config.members]  # of an ensemble
     value_head = None if checkpoint else anchor_stage(config, reward_model, data.prompts)  # eq. 12
-    return Trainer(config, data, reward_model, value_head, checkpoint)
+    return Trainer(config, data, reward_model, value_head, checkpoint, others)
 
 
 @names_step
@@ -99,7 +102,7 @@ def update_reward_model(
         scores = t.scores(groups, responses, step) if undone else scores
         metrics |= guard_metrics
     eligible = responses.finished if c.length_filter == "both" else torch.ones_like(responses.finished)
-    after = t.feedback(scores, threshold, eligible)
+    after = t.feedback(scores, threshold, eligible, responses.gold().to(t.device))
     return before or after, after, metrics
 
 
@@ -115,15 +118,16 @@ def improve_reward_model(
     c, rule, engine = t.config, t.rule, t.engines["reward_model"]
     if rule.pairs:
         for i in range(c.rm_steps):
-            pairs = t.batch(t.data.pairs, (step - 1) * c.rm_steps + i + 1)
-            metrics = bradley_terry_step(t.reward_model, encode_pairs(t.reward_model, pairs), engine, c, rule.pairs)
+            pairs = encode_pairs(t.reward_model, t.batch(t.data.pairs, (step - 1) * c.rm_steps + i + 1))
+            away = look_ahead(t, groups, responses, step) if rule.lookahead else nullcontext({})
+            metrics = bradley_terry_step(t.reward_model, pairs, engine, c, rule.pairs, away)
         return None, metrics
     if rule.loss is None:
         return None, {}
     mirrored = t.turned_round
     loss_of = rule.otherwise if mirrored else rule.loss
     resting = t.guard is not None and t.guard.resting
-    filtered: list[Feedback] = []  # by micro-batch
+    gold, filtered = responses.gold().to(t.device), []  # feedback by micro-batch
     for i in range(c.rm_steps):
         total, count, force = 0.0, 0, 0.0
         for j, rows in enumerate(micro_batches(len(groups), c.micro_batch_groups)):
@@ -131,7 +135,7 @@ def improve_reward_model(
             scores = t.score(groups, responses, rows, step)
             if i == 0:
                 check_finite(scores.rewards, responses, rows)
-                filtered.append(t.feedback(scores, threshold, eligible))
+                filtered.append(t.feedback(scores, threshold, eligible, gold[rows]))
             part = filtered[j]
             n = 0 if resting else int(rule.groups(part.partition, eligible).sum())
             if engine.needed(n):
@@ -152,6 +156,19 @@ def improve_reward_model(
     if rule.otherwise:
         metrics["rm/mirrored"] = float(mirrored)
     return Feedback.joined(filtered), metrics | {"rm/groups": int(count)}
+
+
+@contextmanager
+def look_ahead(t: RewardSide, groups: list[Encoded], responses: Responses, step: int) -> Iterator[dict[str, float]]:
+    """MetaRM: inside, the weights are theta' = theta + meta_lr grad J; afterwards theta again, with its gradients."""
+    engine, total = t.engines["reward_model"], 0.0
+    for rows in micro_batches(len(groups), t.config.micro_batch_groups):
+        objective = metarm_difference(t.score(groups, responses, rows, step).rewards, responses.finished[rows])
+        objective = objective * len(groups[rows])  # a sum over groups
+        engine.backward(objective)
+        total += objective.item()
+    with engine.moved(t.config.meta_lr / t.config.batch_size):
+        yield {"rm/difference": summed(total)[0] / t.config.batch_size}
 
 
 def hold_level(t: RewardSide, force: float, step: int) -> None:

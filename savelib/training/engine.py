@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,22 @@ class Engine:
         """
         return count > 0
 
+    @contextmanager
+    def moved(self, rate: float) -> Iterator[None]:
+        """Inside, the weights are moved by rate times the gradient of all processes, which is cleared; then back."""
+        self._sum_gradients()
+        before = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, before)
+
     def step(self, divisor: float = 1.0) -> float:
         """Divide, clip, step, clear; returns the gradient norm before clipping.
 
@@ -122,15 +140,17 @@ class Engine:
                 )
         return norm
 
-    def _step(self, divisor: float) -> float:
-        parameters = self.parameters
+    def _sum_gradients(self) -> None:
         if world_size() > 1:
-            for p in parameters:
+            for p in self.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            waiting = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+            waiting = [dist.all_reduce(p.grad, async_op=True) for p in self.parameters]
             for handle in waiting:
                 handle.wait()
-        parameters = [p for p in parameters if p.grad is not None]
+
+    def _step(self, divisor: float) -> float:
+        self._sum_gradients()
+        parameters = [p for p in self.parameters if p.grad is not None]
         if divisor != 1:
             torch._foreach_div_([p.grad for p in parameters], divisor)
         norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from savelib.method import (
+    ALGORITHMS,
+    best_of_group,
     kl_k1,
     kl_penalized_rewards,
     loss_weight,
     outcomes,
+    par_rewards,
     policy_advantages,
     policy_loss,
     prime_advantages,
@@ -24,24 +27,35 @@ from savelib.processes import gathered, largest, rank, summed
 from savelib.training.finite import require_finite
 from savelib.training.metrics import Clock
 from savelib.training.prime import improve_process_reward
-from savelib.training.scoring import Feedback, learned_from
+from savelib.training.scoring import Feedback, encode_groups, learned_from, score_groups
 from savelib.training.trainer import Trainer
 
 
 def improve_policy(t: Trainer, rollout: Rollout, feedback: Feedback, step: int, clock: Clock) -> dict[str, float]:
     """One policy gradient step on the kept responses of the groups that keep at least two."""
-    used = learned_from(feedback, t.config)  # [b, G]
+    used, rewards = learned_from(feedback, t.config), shaped_rewards(t, feedback.rewards, step)  # [b, G]
+    if ALGORITHMS[t.config.algo].best_only:
+        used = best_of_group(rewards, used)
     (responses,) = summed(int(used.sum()))
     if t.config.freeze_policy or not responses:
         return {"policy/responses": 0}
     rows = _alike_together(used, rollout)  # [n]
     with clock.phase("reference log-probs"):
         ref_logprobs = _reference_logprobs(t, rollout, rows)  # [n, T]
-    advantages, metrics = _advantages(t, rollout, feedback.rewards, used, rows, ref_logprobs)
+    advantages, metrics = _advantages(t, rollout, rewards, used, rows, ref_logprobs)
     return _gradient_step(t, rollout, rows, ref_logprobs, advantages, step, clock) | {
         "policy/responses": int(responses),
         **metrics,
     }
+
+
+@torch.no_grad()
+def shaped_rewards(t: Trainer, rewards: Tensor, step: int) -> Tensor:
+    """What the policy is rewarded with [b, G]: R itself, or PAR's preference over responses of the initial policy."""
+    if t.config.reward_shaping == "none":
+        return rewards
+    references = encode_groups(t.reward_model, t.references(step))
+    return par_rewards(rewards, score_groups(t.reward_model, references, t.config).rewards)
 
 
 def _alike_together(used: Tensor, rollout: Rollout) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from savelib.config import Config, ConfigError
 from savelib.data.pairs_and_prompts import Preference, Prompt
 from savelib.method import RULES, Partition, curriculum_threshold, partition, rm_advantages
 from savelib.models.compute import pick_device, seed_everything
+from savelib.models.ensemble import Ensemble
 from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Responses
@@ -43,16 +45,28 @@ def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 class RewardSide:
     """Reward model, value head, their engines and the filter, after stages 1 and 2: all that block 2 of a step needs.
 
-    reward_model: stage 1's folder or hub id; trained: the folder of stage 2, or of a checkpoint's reward model.
+    reward_model: stage 1's folder or hub id; others: those of an ensemble's other members. trained: the folder of
+    stage 2, or of a checkpoint's reward model.
     state: numbers that a step hands to the next ones, part of a checkpoint.
     """
 
-    def __init__(self, config: Config, data: Data, reward_model: str, trained: Path | str | None):
+    def __init__(
+        self, config: Config, data: Data, reward_model: str, trained: Path | str | None, others: Sequence[str] = ()
+    ):
         self.config, self.data, self.rule = config, data, RULES[config.rule]
         self.state: dict[str, float] = {}
+        if self.rule.by_gold and not any(p.has_gold for p in data.prompts):
+            raise ConfigError(
+                f"rule = {config.rule!r} needs prompts whose right answers are known, and prompts = {config.prompts!r} "
+                "has none: take `embedded`, or rows with `checks`"
+            )
         self.device = pick_device(config.device, config.threads)
         seed_everything("value head init", config.seed)  # without stage 2, nothing else gives it its weights
         rm = self.reward_model = load_reward_model(reward_model, config, self.device, trained)
+        if others:
+            members = [rm, *(load_reward_model(source, config, self.device) for source in others)]
+            centres = [FixedPairs(m, data.pairs, config).rewards().mean().item() for m in members]
+            self.reward_model = Ensemble(members, config.ensemble_reward, centres)
         optimizer = reward_optimizer(
             rm, config, config.backbone_lr if self.rule.backbone else 0.0, config.reward_head_lr
         )
@@ -103,9 +117,15 @@ class RewardSide:
         slices = micro_batches(len(groups), self.config.micro_batch_groups)
         return GroupScores.joined([self.score(groups, responses, rows, step) for rows in slices])
 
-    def feedback(self, scores: GroupScores, threshold: float, eligible: Tensor) -> Feedback:
-        """Eq. 4 and 15-17 with the rule's anchor; without one every eligible response is kept, on no side."""
+    def feedback(self, scores: GroupScores, threshold: float, eligible: Tensor, gold: Tensor) -> Feedback:
+        """Eq. 4 and 15-17 with the rule's anchor; without one every eligible response is kept, on no side.
+
+        eligible [B, G] bool, gold [B, G], which a rule `by_gold` takes its sides from (unknown: nan, left out).
+        """
         rewards = scores.rewards.detach()
+        if self.rule.by_gold:
+            right, wrong = ((side & eligible) for side in (gold > 0.5, gold <= 0.5))  # [B, G]
+            return Feedback(rewards, None, Partition(right, wrong, right.any(1) & wrong.any(1)))
         if self.rule.anchor is None:
             nothing = torch.zeros_like(eligible)
             return Feedback(rewards, None, Partition(eligible, nothing, nothing.any(1)))

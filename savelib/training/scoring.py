@@ -124,13 +124,18 @@ class FixedPairs:
         self.order = sorted(range(len(encoded)), key=lambda i: max(map(len, encoded[i].ids)))  # less padding
         self.encoded = embed_groups(rm, [encoded[i] for i in self.order], config, pairs_at_once(config))
 
+    def rewards(self) -> Tensor:
+        """R of the chosen and of the rejected responses [M, 2]."""
+        by_length = score_groups(self.rm, self.encoded, self.config, pairs_at_once(self.config)).rewards
+        require_finite("a reward of a preference pair", by_length, "reward_model")
+        rewards = torch.empty_like(by_length)
+        rewards[self.order] = by_length
+        return processes.gathered(rewards, self.count).cpu()
+
     def margins(self) -> Tensor:
         """R(chosen) - R(rejected) of each pair [M]; a positive margin is a right verdict, a tie a wrong one."""
-        rewards = score_groups(self.rm, self.encoded, self.config, pairs_at_once(self.config)).rewards  # [M, 2]
-        require_finite("a reward of a preference pair", rewards, "reward_model")
-        margins = torch.empty(len(self.order), device=rewards.device)
-        margins[self.order] = rewards[:, 0] - rewards[:, 1]
-        return processes.gathered(margins, self.count).cpu()
+        rewards = self.rewards()
+        return rewards[:, 0] - rewards[:, 1]
 
 
 def pair_margins(rm: RewardModel, pairs: list[Preference], config: Config) -> Tensor:

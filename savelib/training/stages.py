@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def preference_stage(config: Config, pairs: list[Preference]) -> str:
     if not _exists(target):
         seed_everything("stage 1", config.seed)
         rm = load_reward_model(source, config, pick_device(config.device, config.threads))
+        if config.ensemble > 1:
+            _random_start(rm)
         say(f"stage 1: Bradley-Terry on {len(pairs)} pairs, {config.bt_epochs} epoch(s)")
         fit_bradley_terry(rm, pairs, config)
         if is_main():
@@ -70,6 +73,14 @@ def preference_stage(config: Config, pairs: list[Preference]) -> str:
                 rm.tokenizer.save_pretrained(folder)
         wait()
     return str(target)
+
+
+def _random_start(rm: RewardModel) -> None:
+    """Give a new reward head, which is zero, small random weights: members of an ensemble start apart."""
+    head = [p for p in rm.reward_head_parameters() if p.requires_grad]
+    if not any(p.any() for p in head):
+        for p in head:
+            nn.init.normal_(p, std=(p.shape[-1] + 1) ** -0.5)
 
 
 def _exists(target: Path) -> bool:
@@ -94,29 +105,32 @@ def fit_bradley_terry(rm: RewardModel, pairs: list[Preference], config: Config) 
 
 
 def bradley_terry_step(
-    rm: RewardModel, pairs: list[Encoded], engine: Engine, config: Config, labels: PairLabels = as_labelled
-) -> dict[str, float]:
+    rm: RewardModel, pairs: list[Encoded], engine: Engine, config: Config, labels: PairLabels = as_labelled,
+    away: AbstractContextManager[dict[str, float]] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """One gradient step of eq. 11 on the pairs of a batch that `labels` gives a label, in micro-batches.
 
+    away: where the gradient is taken, and metrics of its own (`algorithm.look_ahead`); default: at the weights.
     Returns rm/pairs, how many they are, and, if there are any, rm/loss.
     """
     encoded = share(pairs, repeat=False)
     total, count = 0.0, 0
-    for rows in micro_batches(len(encoded), pairs_at_once(config)):
-        rewards = score_micro_batch(rm, encoded[rows], config).rewards  # [n, 2]
-        require_finite("a reward of a preference pair", rewards.detach(), "reward_model")
-        better, worse = labels(rewards[:, 0], rewards[:, 1])
-        n = len(better)
-        if engine.needed(n):
-            loss = bradley_terry_loss(better, worse) * n if n else rewards.sum() * 0.0
-            engine.backward(loss)
-            total, count = total + loss.item(), count + n
+    with away or nullcontext({}) as metrics:
+        for rows in micro_batches(len(encoded), pairs_at_once(config)):
+            rewards = score_micro_batch(rm, encoded[rows], config).rewards  # [n, 2]
+            require_finite("a reward of a preference pair", rewards.detach(), "reward_model")
+            better, worse = labels(rewards[:, 0], rewards[:, 1])
+            n = len(better)
+            if engine.needed(n):
+                loss = bradley_terry_loss(better, worse) * n if n else rewards.sum() * 0.0
+                engine.backward(loss)
+                total, count = total + loss.item(), count + n
     total, count = summed(total, count)
     require_finite("the Bradley-Terry loss", total, "reward_model")
     if not count:
-        return {"rm/pairs": 0}
+        return metrics | {"rm/pairs": 0}
     engine.step(divisor=count)
-    return {"rm/loss": total / count, "rm/pairs": int(count)}
+    return metrics | {"rm/loss": total / count, "rm/pairs": int(count)}
 
 
 def anchor_stage(config: Config, reward_model: str, prompts: list[Prompt]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,13 +60,15 @@ class Trainer(RewardSide):
     """The data, models and engines (optimizers) of a run, after stages 1 and 2.
 
     reward_model: stage 1's folder or hub id; value_head: stage 2's folder, or None. checkpoint: the folder to take
-    policy, reward model and value head from instead. extras: what the rule or the algorithm trains besides, by name.
+    policy, reward model and value head from instead. others: an ensemble's other members. extras: what the rule or the
+    algorithm trains besides, by name.
     """
 
     def __init__(
-        self, config: Config, data: Data, reward_model: str, value_head: str | None, checkpoint: Path | None = None
-    ):
-        super().__init__(config, data, reward_model, checkpoint / "reward_model" if checkpoint else value_head)
+        self, config: Config, data: Data, reward_model: str, value_head: str | None, checkpoint: Path | None = None,
+        others: Sequence[str] = (),
+    ):  # fmt: skip
+        super().__init__(config, data, reward_model, checkpoint / "reward_model" if checkpoint else value_head, others)
         self.sources = {"policy": main_first(policy_source, config), "reward_model": reward_model}
         self.policy, self.tokenizer = load_policy(
             self.sources["policy"], self.device, config, checkpoint / "policy" if checkpoint else None
@@ -116,6 +118,16 @@ class Trainer(RewardSide):
         """G responses to each of this process's prompts of the step."""
         batch = self.batch(self.data.prompts, step)
         return shared_sample(self.policy, self.tokenizer, batch, self.config.group_size, self.config, self.lockstep)
+
+    def references(self, step: int) -> Rollout:
+        """PAR's M responses of the initial policy to each of this process's prompts of the step.
+
+        They are drawn when a prompt has its turn: once, as PAR has it, unless a run takes more than one pass.
+        """
+        seed_everything("references", self.config.seed, step)
+        batch, count = self.batch(self.data.prompts, step), self.config.par_references
+        with self.as_reference() as initial:
+            return shared_sample(initial, self.tokenizer, batch, count, self.config, self.lockstep)
 
     def score(self, groups: list[Encoded], responses: Rollout, rows: slice, step: int) -> GroupScores:
         """R as the rule has it: R2M's head reads the policy's hidden states too."""
