@@ -20,6 +20,8 @@ from savelib.method.guard import (
     normalized_margins,
 )
 from savelib.models.compute import seed_everything
+from savelib.runs.memory import guard_bytes
+from savelib.runs.sizes import model_sizes
 from savelib.training.algorithm import prepare, save_step
 from savelib.training.engine import Engine
 from savelib.training.guard import GUARDED
@@ -154,6 +156,9 @@ def test_an_undone_block_leaves_no_trace(base, values, monkeypatch):
         metrics, _ = save_step(t, step)
     kept, states = trained(t), copy.deepcopy([t.engines[n].state() for n in GUARDED])
     assert metrics["guard/accepted"] == 1 and metrics["guard/z"] == 2.0 and metrics["rm/mirrored"] == 0
+    held = sum(v.nbytes for name, v in t.guard.confirmed.items() if name.startswith("reward_model."))
+    planned = guard_bytes(model_sizes(t.config.reward_model, "reward_model"), t.config, gpus=1)
+    assert held == pytest.approx(planned, rel=0.05), "the plan counts the copy"
     save_step(t, 3)
     assert not same(trained(t), kept)
     before = copy.deepcopy(t.guard)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import centre_rewards, paper_run
+from tiny_models import centre_rewards, checkable_prompts, paper_run
 
 from savelib import method as F
 from savelib.config import ConfigError, make_config
@@ -76,6 +76,7 @@ def test_only_what_should_move_moves(world, rule, tmp_path):
     more = {
         "ser": dict(reward_model=centre_rewards(world["reward_model"], tmp_path / "rm")),
         "save_checked": dict(guard_preferences=world["preferences"], guard_pairs=4),
+        "oracle": dict(prompts=str(checkable_prompts(tmp_path))),
     }.get(rule, {})
     t = trainer(world, rule=rule, value_head_lr=1e-5, **more)
     models = {

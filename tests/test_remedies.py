@@ -1,13 +1,12 @@
 """PAR, ensembles, MetaRM, RAFT and the oracle against transcriptions in plain Python."""
 
 import copy
-import json
 import math
 import statistics
 
 import pytest
 import torch
-from tiny_models import paper_run
+from tiny_models import checkable_prompts, paper_run
 
 from savelib.config import ConfigError, make_config
 from savelib.method import (
@@ -216,10 +215,7 @@ def test_an_ensemble_scores_with_all_its_members(base, how):
 def test_oracle_needs_gold_and_learns_from_it(base, tmp_path):
     with pytest.raises(ConfigError, match="rule = 'oracle' needs prompts whose right answers are known"):
         prepare(make_config(**base | dict(rule="oracle")))
-    prompts = tmp_path / "prompts.jsonl"
-    rows = [dict(id=str(i), prompt=f"Say {i}", checks=[dict(kind="max_words", n=1)]) for i in range(12)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    t = prepare(make_config(**base | dict(rule="oracle", prompts=str(prompts), length_filter="reward_model")))
+    t = prepare(make_config(**base | dict(rule="oracle", prompts=str(checkable_prompts(tmp_path)))))
     seed_everything("step", t.config.seed, 1)
     rollout = t.sample(1)
     gold, finished = rollout.gold(), rollout.finished

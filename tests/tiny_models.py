@@ -109,6 +109,14 @@ def paper_run(folder: Path, architecture: str = "qwen2") -> dict:
     )  # fmt: skip
 
 
+def checkable_prompts(folder: Path) -> Path:
+    """Prompts with gold: random bytes are now one word, now several."""
+    path = folder / "checkable.jsonl"
+    row = {"checks": [{"kind": "max_words", "n": 1}]}
+    path.write_text("".join(json.dumps(row | {"id": f"p{i}", "prompt": f"Say {i}"}) + "\n" for i in range(20)))
+    return path
+
+
 def centre_rewards(source: str, folder: Path) -> str:
     """A copy of a reward model whose rewards of PAIRS have mean 0 and sd 2: one that SER is sure of now and then."""
     from savelib.models.reward_model import RewardModel  # after the environment is set

@@ -162,6 +162,16 @@ def training_bytes(m: Sizes, c: Config, gpus: int) -> dict[str, float]:
     return out | {"gradients": largest, "kept": largest, "optimizer": 0, "step": 0, "cpu": 6 * share}
 
 
+def guard_bytes(m: Sizes, c: Config, gpus: int) -> float:
+    """Rule save_checked: copies of the trained weights with their Adam moments, in the CPU's memory of each process."""
+    if not RULES[c.rule].checked:
+        return 0
+    tensors = m.adapters(c.lora_rank) if c.lora_rank else m.tensors
+    share = 1 if c.backend == "ddp" else gpus  # DeepSpeed: a process's shard
+    copies = 2 if c.certificate_pairs else 1  # the last confirmed state, and the certified one
+    return copies * (4 * sum(tensors) + adamw_bytes(tensors, eight_bit=c.optimizer != "adamw")) / share
+
+
 # the plan
 
 
@@ -214,7 +224,8 @@ def _row(c: Config, policy: Sizes, reward: Sizes, gpus: int) -> dict[str, Any]:
     shape = (prompt, new, half, rank, c.gradient_checkpointing)
     p, r = training_bytes(policy, c, gpus), training_bytes(reward, c, gpus)
     reference = 0 if rank else 4 * policy.total
-    always = p["weights"] + reference + r["weights"] + sum(x["optimizer"] + x["kept"] for x in (p, r))
+    members = (c.ensemble - 1) * 4 * reward.total  # whole in every process
+    always = p["weights"] + reference + r["weights"] + members + sum(x["optimizer"] + x["kept"] for x in (p, r))
     of_policy = activation_bytes(policy, min(c.micro_batch_responses, mine), *shape, logits=True)
     together = min(c.micro_batch_groups, c.batch_size // gpus)
     of_reward = together * activation_bytes(reward, c.group_size, *shape)
@@ -232,13 +243,13 @@ def _row(c: Config, policy: Sizes, reward: Sizes, gpus: int) -> dict[str, Any]:
     parts = {
         "policy weights": p["weights"],
         "reference": reference,
-        "reward weights": r["weights"],
+        "reward weights": r["weights"] + members,
         "gradients": p["kept"] + r["kept"] + max(x["gradients"] + x["buffers"] for x in (p, r)),
         "optimizer": p["optimizer"] + r["optimizer"],
         "activations": max(of_policy, of_reward),
         "KV cache": cache_bytes(policy, sampled, prompt + new, half, rank),
         "peak": max(phases.values()),
-        "CPU memory": p["cpu"] + r["cpu"],
+        "CPU memory": p["cpu"] + r["cpu"] + guard_bytes(reward, c, gpus),
     }
     in_gib = {name: value / GIB for name, value in parts.items()}
     return {"checkpointing": c.gradient_checkpointing} | in_gib | {"peak in": max(phases, key=phases.get)}
