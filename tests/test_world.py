@@ -21,6 +21,7 @@ from savelib.data.world_models import (
     probe,
     sample_responses,
 )
+from savelib.method import feature_geometry
 from savelib.models.compute import seed_everything
 from savelib.models.loading import policy_source
 from savelib.models.rollout import shared_sample
@@ -187,10 +188,10 @@ def test_biased_labels_follow_really_where_it_differs():
 def test_a_feature_offset_moves_the_mean_and_nothing_else():
     plain, shifted = (AutoModelForCausalLM.from_pretrained(build_backbone(0, o)) for o in (0.0, 6.0))
     before, after = (m.model.norm(world_models.last_states(m)).detach() for m in (plain, shifted))
-    ratio, spread = world_models.geometry(before)
+    ratio, spread = feature_geometry(before)
     naive = sum(((group - group.mean(0)) ** 2).sum(1).mean() for group in before) / len(before)
     assert spread == pytest.approx(naive.sqrt().item(), rel=1e-5) and 0.5 < ratio < 1.2
-    assert world_models.geometry(after) == pytest.approx((6.0, spread), rel=1e-4)
+    assert feature_geometry(after) == pytest.approx((6.0, spread), rel=1e-4)
     centred = [(x - x.mean(1, keepdim=True)).flatten(0, 1) for x in (before, after)]
     cosine = torch.nn.functional.cosine_similarity(*centred, dim=1)
     assert cosine.mean() > 0.9, "responses differ in the same directions as before"

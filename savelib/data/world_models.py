@@ -34,6 +34,7 @@ from savelib.data.world import (
     make_tokenizer,
     random_response,
 )
+from savelib.method import feature_geometry
 from savelib.paths import atomic_folder, cache_dir, digest
 
 # Every number of the recipe; with the words and the seed it names the cached folders.
@@ -198,15 +199,6 @@ def _model(folder: Path) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def geometry(features: torch.Tensor) -> tuple[float, float]:
-    """(norm of the mean feature over the spread within a group, that spread); features [P, G, d].
-
-    Spread: root of the mean squared distance to the group's mean.
-    """
-    spread = (features - features.mean(1, keepdim=True)).square().sum(-1).mean().sqrt().item()
-    return features.mean((0, 1)).norm().item() / spread, spread
-
-
 @torch.no_grad()
 def last_states(model: LlamaForCausalLM) -> torch.Tensor:
     """States before the final norm [P, 8, d] at the last token of 8 responses to each held-out prompt, half right."""
@@ -235,16 +227,16 @@ def with_offset(model: LlamaForCausalLM, offset: float, seed: int) -> LlamaForCa
     generator = torch.Generator().manual_seed(seed)
     direction = F.normalize(torch.randn(model.config.hidden_size, generator=generator), dim=0)
     states, norm = last_states(model), copy.model.norm
-    plain, spread = geometry(norm(states))
+    plain, spread = feature_geometry(norm(states))
     if offset <= plain:
         raise ConfigError(f"feature_offset = {offset}: this world's features have {plain:.2f} already; give more, or 0")
     low, high = 0.0, 1e4
     for _ in range(50):
         middle = (low + high) / 2
-        less = geometry(norm(states + middle * direction))[0] < offset
+        less = feature_geometry(norm(states + middle * direction))[0] < offset
         low, high = (middle, high) if less else (low, middle)
     copy.model.layers[-1].mlp.down_proj.bias.copy_(low * direction)
-    norm.weight.mul_(spread / geometry(norm(states + low * direction))[1])
+    norm.weight.mul_(spread / feature_geometry(norm(states + low * direction))[1])
     return copy
 
 

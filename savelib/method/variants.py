@@ -62,6 +62,16 @@ def skewness(rewards: Tensor) -> Tensor:
     return cubes / squares.pow(1.5).clamp(min=1e-12)
 
 
+def feature_geometry(features: Tensor) -> tuple[float, float]:
+    """(norm of the mean feature over the spread within a group, that spread) of features [B, G, H].
+
+    Spread: root of the mean squared distance to the group's mean. If the ratio is large, a push on one group's rewards
+    moves those of all.
+    """
+    spread = (features - features.mean(1, keepdim=True)).square().sum(-1).mean().sqrt().item()
+    return features.mean((0, 1)).norm().item() / spread, spread
+
+
 def spread_loss(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
     """Ours: -1/2 log(1 + variance of the rewards in the group), the mean over groups with two eligible responses.
 

@@ -142,7 +142,11 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Encoded) -> Encoded:
         """The batch with the hidden states of a fixed backbone, which `score` takes; unchanged if omega is trained."""
-        return replace(batch, states=self._forward(batch, self.scorer.states)) if self.fixed else batch
+        return replace(batch, states=self.hidden(batch)) if self.fixed else batch
+
+    def hidden(self, batch: Encoded) -> tuple[Tensor, Tensor]:
+        """The hidden states [N, H] that the reward head reads, and those that V reads, of a causal backbone."""
+        return self._forward(batch, self.scorer.states)
 
     def score(self, batch: Encoded) -> Scored:
         """The rewards of N conversations, and the hidden states that V reads."""
@@ -226,9 +230,8 @@ class Scorer(nn.Module):
 
     def reward(self, last: Tensor) -> Tensor:
         """h_phi: the rewards [N] of last hidden states [N, H], without autocast: bfloat16 would round them to 1/128."""
-        head = plain(self.model).score
         with torch.autocast(last.device.type, enabled=False):
-            return head(last.to(next(head.parameters()).dtype)).squeeze(-1)
+            return plain(self.model).score(last.float()).squeeze(-1)  # a reward head is held in float32
 
     def states(
         self, ids: Tensor, lengths: Tensor, ends: Tensor, prefixes: tuple[Tensor, Tensor, Tensor] | None = None
