@@ -144,6 +144,25 @@ def plan(
 
 
 @app.command()
+def preflight(
+    profile: Profile = None,
+    config: File = None,
+    set_: Pairs = [],  # noqa: B006
+    prompts: Annotated[int, typer.Option(min=2, help="prompts of the sample")] = 64,
+    responses: Annotated[int, typer.Option(min=2, help="responses per prompt")] = 8,
+) -> None:
+    """Print what one step of SAVE would do to your reward model, with your policy and prompts; saves nothing."""
+    from savelib.experiments.preflight import ADVICE
+    from savelib.experiments.preflight import preflight as run
+
+    try:
+        table = run(_made(profile, config, set_), prompts, responses)
+    except ConfigError as error:
+        fail(error)
+    print(f"{table.to_string(float_format='{:.3f}'.format, na_rep='-')}\n\n{ADVICE}")
+
+
+@app.command()
 def runs() -> None:
     """List the runs, the newest last: state, steps, what came out."""
     from savelib.analysis import runs_table

@@ -47,7 +47,7 @@ def preflight(config: Config, prompts: int = 64, responses: int = 8) -> pd.DataF
         ("groups with both sides", seen["filter/valid_prompts"], "only these teach the reward model"),
         ("pull on the positives (A)", seen.get("force/pull"), "below D, the rewards of a group fall"),
         ("push on the negatives (D)", seen.get("force/push"), ""),
-        ("one step: shift of all rewards / spread", (after.rewards - level).mean().item() / spread, "far from 0: V lags"),
+        ("one step: shift of all rewards / spread", (after.rewards - level).mean().item() / spread, "if large, V lags"),
         ("held-out pairs: accuracy now", accuracy[0], "" if accuracy[0] is not None else "no pairs were given"),
         ("held-out pairs: accuracy after one step", accuracy[1], ""),
         ("right responses (gold)", seen.get("gold/success_rate"), "below half, SAVE's push has the right sign"),
