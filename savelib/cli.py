@@ -152,13 +152,12 @@ def preflight(
     responses: Annotated[int, typer.Option(min=2, help="responses per prompt")] = 8,
 ) -> None:
     """Print what one step of SAVE would do to your reward model, with your policy and prompts; saves nothing."""
+    made = _made(profile, config, set_)
+
     from savelib.experiments.preflight import ADVICE
     from savelib.experiments.preflight import preflight as run
 
-    try:
-        table = run(_made(profile, config, set_), prompts, responses)
-    except ConfigError as error:
-        fail(error)
+    table = run(made, prompts, responses)
     print(f"{table.to_string(float_format='{:.3f}'.format, na_rep='-')}\n\n{ADVICE}")
 
 
