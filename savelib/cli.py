@@ -5,7 +5,6 @@ Each command imports what it needs, so that help comes at once.
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Iterator
@@ -370,9 +369,11 @@ def bench(
 
 def _print_json(figures: dict, notes: list[str] = []) -> None:  # noqa: B006
     """Figures on stdout, notes on stderr."""
+    from savelib.paths import strict_json
+
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(json.dumps(figures, indent=2, ensure_ascii=False))
+    print(strict_json(figures, indent=2, ensure_ascii=False))
 
 
 def summary(folder: Path) -> str:

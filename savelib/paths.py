@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -176,6 +177,19 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def strict_json(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: null for a number that is not finite, at any depth."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: finite(v) for name, v in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(v) for v in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def digest(value: Any) -> str:

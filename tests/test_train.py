@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from savelib.analysis.runs import runs_table
 from savelib.cli import app, summary
 from savelib.config import ConfigError, make_config
-from savelib.paths import runs_dir
+from savelib.paths import runs_dir, strict_json
 from savelib.runs.folder import RunLog, new_run_id, read_config, read_manifest, read_metrics, read_samples
 from savelib.runs.train import train
 from savelib.training.finite import NonFiniteError
@@ -121,6 +121,10 @@ def test_metrics_stay_strict_json(tmp_path):
     assert [(row["a"], row["b"]) for row in rows] == [(None, None), (None, 2.0)]
     metrics = read_metrics("odd")
     assert {str(metrics[c].dtype) for c in "abc"} == {"float64"} and str(metrics["d"].dtype) == "int64"
+    assert json.loads(strict_json({"x": [{"y": (1.5, float("nan"))}], "z": "NaN"})) == {
+        "x": [{"y": [1.5, None]}],
+        "z": "NaN",
+    }
     assert metrics["a"].isna().all() and metrics["c"].tolist() == [0.5, 0.25] and "odd" in summary(runs_dir() / "odd")
 
 

@@ -34,7 +34,7 @@ from savelib.data.files import FORMATS, at, converted, file_rows
 from savelib.models.compute import autocast, in_bfloat16, pick_device
 from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import VALUE_HEAD_FILE, Encoded, RewardModel
-from savelib.paths import resolve, sync, writable_folder, write_atomically
+from savelib.paths import resolve, strict_json, sync, writable_folder, write_atomically
 
 Truncation = Literal["left", "right", "refuse"]
 LONGEST = 16_384  # tokens, Skywork's setting, where the context is longer
@@ -148,7 +148,7 @@ def evaluate(
             figures = as_json(BENCHMARKS[name], results[name])
             about = {"data": source} | counts
             write_atomically(
-                out / f"{name}.json", json.dumps(figures | {"made_with": made_with | about}, indent=2) + "\n"
+                out / f"{name}.json", strict_json(figures | {"made_with": made_with | about}, indent=2) + "\n"
             )
             manifest["benchmarks"][name] = about
             say(_line(BENCHMARKS[name], figures))

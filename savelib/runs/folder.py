@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -22,7 +21,7 @@ import torch
 from savelib import __version__
 from savelib.config import Config, ConfigError, make_config
 from savelib.errors import SavelibError
-from savelib.paths import lock, project_root, runs_dir, write_atomically
+from savelib.paths import lock, project_root, runs_dir, strict_json, write_atomically
 from savelib.processes import world_size
 from savelib.progress import progress_line
 
@@ -160,7 +159,7 @@ class RunLog:
             "num_processes": world_size(),
         }
         try:
-            write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            write_atomically(self.folder / "manifest.json", strict_json(manifest, indent=2) + "\n")
         except OSError as full:  # must not hide the error that ended the run
             print(f"no manifest could be written to {self.folder}: {full}", flush=True)
 
@@ -170,7 +169,7 @@ def mark_failed(folder: Path, reason: str) -> None:
     path = folder / "manifest.json"
     if (folder / "config.yaml").is_file():
         manifest = json.loads(path.read_text()) if path.is_file() else {}
-        write_atomically(path, json.dumps(manifest | {"status": "failed", "error": reason}, indent=2) + "\n")
+        write_atomically(path, strict_json(manifest | {"status": "failed", "error": reason}, indent=2) + "\n")
 
 
 def step_line(rows: list[dict[str, Any]], total_steps: int) -> str:
@@ -189,9 +188,7 @@ def step_line(rows: list[dict[str, Any]], total_steps: int) -> str:
 
 
 def _as_lines(rows: list[dict[str, Any]]) -> str:
-    """Strict JSON: a number that is not finite is null."""
-    strict = [{k: None if v in (math.inf, -math.inf) or v != v else v for k, v in row.items()} for row in rows]
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in strict)
+    return "".join(strict_json(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def clean(folder: Path) -> None:

@@ -12,7 +12,6 @@ category's system prompt from `utils/judge_utils.py` and `prompt_template` of `c
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -32,7 +31,7 @@ from savelib.benchmarks.judged.answers import Log, Row, by_id, digest, output, r
 from savelib.benchmarks.judged.responses import Progress
 from savelib.config import ConfigError
 from savelib.data.chat import Messages
-from savelib.paths import writable_file
+from savelib.paths import strict_json, writable_file
 
 CATEGORIES = ("hard_prompt", "creative_writing")
 SETTINGS = {  # of the two benchmarks' own configurations
@@ -215,7 +214,7 @@ def judge(
             "empty_responses": [p.id for p in pairs if not output(p.answer, benchmark).strip()],
             **_spent(asked, endpoint),
         }
-        log.write(summary_file, json.dumps(summary, indent=2) + "\n")
+        log.write(summary_file, strict_json(summary, indent=2) + "\n")
         if missing and not allow_missing:
             kept = f" ({out} is of an earlier call)" if out.exists() else ""
             counts = "; ".join(f"{len(ids)} {why}, the first {ids[0][:60]!r}" for why, ids in missing.items())
