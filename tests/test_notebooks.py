@@ -236,6 +236,12 @@ def test_analysis_makes_its_own_runs_once_and_reads_given_ones(runs, monkeypatch
     assert sorted(runs.glob("04-*")) == sorted(made)
 
 
+def test_trl_trains_beside_our_own_loop(runs):
+    notebook = executed("12_trl", runs, ROOT / "notebooks", total_steps=2)
+    assert "2 steps in" in text_of(notebook) and "1 label · the trained weights: True" in text_of(notebook)
+    assert "num_iterations = 2: " in text_of(notebook), "refused"
+
+
 # what is refused
 
 

@@ -91,13 +91,14 @@ class _Save:
             size = c.micro_batch_groups * c.group_size
             return score_groups(side.reward_model, groups, c, size).rewards.flatten().tolist()
         step = self.state.global_step + 1
+        threshold = side.threshold(step)
         responses = self._responses(prompts, completion_ids, columns, c.group_size)
         with torch.enable_grad():
-            before, after, metrics = update_reward_model(side, responses, side.threshold(step), step, Clock())
+            before, after, metrics = update_reward_model(side, responses, threshold, step, Clock())
         self._learned = learned_from(after, c).flatten()  # [N]
         (learned,) = summed(int(self._learned.sum()))
         self._rows_per_learned = c.batch_size * c.group_size / learned if learned else 0.0
-        for name, value in (metrics | describe(before, after, responses)).items():
+        for name, value in ({"threshold": threshold} | metrics | describe(before, after, responses)).items():
             log_metric(name, value)
         rewards = after.rewards.flatten().tolist()
         return [r if kept else None for r, kept in zip(rewards, self._learned.tolist(), strict=True)]
