@@ -14,8 +14,8 @@ FLOORS = [  # lowest first; parts of one floor do not import each other
     {"models"},
     {"training", "benchmarks"},
     {"runs"},
-    {"analysis"},
-    {"plots", "experiments", "trl"},
+    {"analysis", "trl"},
+    {"plots", "experiments"},
     {"cli"},
     {"__main__"},
 ]

@@ -375,7 +375,8 @@ def test_two_processes_with_deepspeed(base, tmp_path, stage):
     """ZeRO: the reward model is whole in each process, also where the policy is sharded."""
     settings = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto",
                 "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}  # fmt: skip
-    states, rollouts = by_torchrun(base, tmp_path, per_device_train_batch_size=8, deepspeed=settings, use_cpu=False)
+    own = dict(deepspeed=settings, use_cpu=False, ddp_backend="gloo")  # without it a process believes it is alone
+    states, rollouts = by_torchrun(base, tmp_path, per_device_train_batch_size=8, **own)
     ours = our_steps(base, "grpo", rollouts)[0]
     names = [n for n in states[0] if n.startswith("rm.") or stage == 2]
     assert all(torch.equal(states[0][name], states[1][name]) for name in names)
@@ -390,7 +391,7 @@ def test_oldest_trl(tmp_path):
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "trl==1.6.0"], check=True)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "ours.pth").write_text("".join(f"{p}\n" for p in sys.path if p.endswith("site-packages")))
-    words = [python, "-m", "pytest", "-q", __file__, "-k", "not refus and not cannot_be_exact"]
+    words = [python, "-m", "pytest", "-q", __file__, "-k", "our_own_loop or kept_rows_alone or nobody or resumed"]
     said = "import trl; assert trl.__version__ == '1.6.0'"
     subprocess.run([python, "-c", said], check=True)
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, capture_output=True, text=True)
