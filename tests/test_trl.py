@@ -290,6 +290,8 @@ def test_rows_that_are_no_whole_groups(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("fields", "said"), [
     (dict(rule="r2m"), "rule = 'r2m'"),
     (dict(algo="prime"), "algo = 'prime'"),
+    (dict(reward_shaping="par"), "reward_shaping = 'par'"),
+    (dict(profile="tiny", rule="frozen", ensemble=2), "ensemble = 2"),
     (dict(policy_lr=1e-5), "policy_lr = 1e-05: in TRL this is learning_rate"),
     (dict(rewrad_head_lr=1), "did you mean 'reward_head_lr'"),
     (dict(rule="ser"), "preferences is empty"),
@@ -343,7 +345,7 @@ def by_torchrun(base: dict, out: Path, **own) -> tuple[list[dict], list[Rollout]
     ]
     done = subprocess.run([*words, __file__, str(out)], env=os.environ | {"PYTHONPATH": str(HERE.parent)},
                           capture_output=True, text=True, timeout=900)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-12000:]
     parts = [torch.load(out / f"rollouts{i}.pt", weights_only=True) for i in range(2)]
     return [load_file(out / f"state{i}.safetensors") for i in range(2)], [
         joined(*both) for both in zip(*parts, strict=True)

@@ -22,6 +22,7 @@ OF_TRL = {  # fields of a Config that TRL's arguments say in its place
     "eval_prompts_source": "eval_dataset", "kl": "the trainer", "policy_layers": "model", "freeze_policy": "model",
     "advantages_over": "the trainer, over kept responses",
 }  # fmt: skip
+OURS_ALONE = {"reward_shaping": "none", "ensemble": 1}  # field -> the value that TRL's trainers can have
 MEAN_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")  # losses that divide by all rows, so they are scaled
 SUM_OVER_TOKENS = ("dapo", "cispo", "vespo")  # losses that divide by num_items_in_batch
 
@@ -40,6 +41,9 @@ def save_config(reward_model: str, **fields: Any) -> Config:
         raise ConfigError(
             f"rule = {config.rule!r} reads the policy's hidden states, which TRL does not hand on; use our own loop"
         )
+    for name, value in OURS_ALONE.items():
+        if getattr(config, name) != value:
+            raise ConfigError(f"{name} = {getattr(config, name)!r}: our own loop alone has it; in TRL it is {value!r}")
     return config
 
 
