@@ -62,7 +62,7 @@ Pairs = Annotated[list[str], typer.Option("--set", help="name=value of any confi
 def fail(said: str) -> int:
     """One sentence on stderr, and the traceback of a process that failed; the exit code."""
     said, _, trace = said.partition("\nTraceback")
-    said = " ".join(said.split())
+    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(said.split()))
     print(f"error: {said if len(said) <= LONGEST else said[:LONGEST] + ' ...'}", file=sys.stderr, flush=True)
     if trace:
         print("Traceback" + trace, file=sys.stderr, flush=True)
@@ -212,15 +212,9 @@ def study(
 ) -> None:
     """Run the cells of tables that are missing, by notebooks 03 and 05, and write their tables."""
     from savelib.config import from_texts
-    from savelib.experiments.study import (
-        as_text,
-        check_before_work,
-        jobs_of,
-        read_seeds,
-        read_studies,
-        read_tables,
-        run_study,
-    )
+    from savelib.experiments.cells import jobs_of, read_seeds, read_studies
+    from savelib.experiments.study import check_before_work, run_study
+    from savelib.experiments.summary import as_text, read_tables
 
     values = ({"profile": profile} if profile else {}) | from_texts(set_)
     numbers, failed = read_seeds(seeds), {}

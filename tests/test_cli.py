@@ -75,6 +75,7 @@ def test_our_errors_are_one_family():
     (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied; choose a place that you may"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), "/a: Is a directory; give a file"),
     (OSError("the hub\nsays no"), "the hub"),
+    (ConfigError("a = \x1b[31m\udcff: bad"), r"a = \x1b[31m\udcff: bad"),
     (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "No module named 'wandb'; install it"),
     (ModuleNotFoundError("SmolLM2 needs the package gguf: run x"), "SmolLM2 needs the package gguf: run x"),
 ])  # fmt: skip

@@ -13,18 +13,9 @@ import yaml
 from scipy import stats
 
 from savelib.config import ConfigError
-from savelib.experiments.study import (
-    MEASURED,
-    courses,
-    jobs_of,
-    read_seeds,
-    read_study,
-    read_tables,
-    run_study,
-    summary,
-    tidy,
-    write_tables,
-)
+from savelib.experiments.cells import jobs_of, read_seeds, read_study
+from savelib.experiments.study import run_study
+from savelib.experiments.summary import MEASURED, courses, read_tables, summary, tidy, write_tables
 from savelib.runs.folder import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

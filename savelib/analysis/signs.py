@@ -83,8 +83,8 @@ def early_signs(metrics: pd.DataFrame) -> dict[str, float]:
 def signs_and_outcomes(courses: pd.DataFrame) -> pd.DataFrame:
     """One row per run of a study: its early signs, and the change of accuracies and gold from first to last evaluation.
 
-    courses: from `savelib.experiments.study.courses`. A last accuracy on current responses that cannot be measured (no
-    right ones, or no wrong ones, are left) is nan.
+    courses: from `savelib.experiments.summary.courses`. A last accuracy on current responses that cannot be measured
+    (no right ones, or no wrong ones, are left) is nan.
     """
     rows = {}
     for name, run in courses.groupby(["cell", "setting", "world", "seed"]):
