@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillException
 from typer.testing import CliRunner
@@ -165,6 +166,7 @@ def kernel_error(name: str, value: str) -> papermill.PapermillExecutionError:
     (kernel_error("RunFailed", "rank 1 failed\nTraceback (x):\nE: 1"), 2, "rank 1 failed; the executed notebook"),
     (kernel_error("KeyError", "'a'"), 2, "error: KeyError: 'a'; the executed notebook is {out}"),
     (PapermillException("no kernel"), 2, "cannot be run: no kernel"),
+    (NoSuchKernel("odd"), 2, "cannot be run: No such kernel named odd"),
 ])  # fmt: skip
 def test_a_notebook_that_stops(monkeypatch, tmp_path, error, code, said):
     monkeypatch.setenv("SAVE_RUNS", str(tmp_path))

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from savelib.experiments.cells import read_study
 from savelib.experiments.language_model import STEP_METRICS, WINDOW, gold_at_kl, paired, read_responses, read_steps
-from savelib.experiments.study import read_study, read_tables
+from savelib.experiments.summary import read_tables
 
 SHIPPED = "data/results/studies/smol_loop"
 

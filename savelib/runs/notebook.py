@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillException
 
@@ -17,6 +18,8 @@ from savelib.paths import refuse_unwritable_folders, runs_dir, writable_file
 from savelib.runs.folder import read_manifest, refuse_existing
 from savelib.runs.launch import SENTENCES, RunFailed
 from savelib.show.page import export
+
+QUIET = ["--log-level=CRITICAL"]  # of the kernel, whose log has tracebacks of its own when it is interrupted
 
 
 def run_notebook(path: str | Path, config: Config, given: Iterable[str]) -> Path:
@@ -34,7 +37,9 @@ def run_notebook(path: str | Path, config: Config, given: Iterable[str]) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     values = config.only(*dict.fromkeys([*given, "run_id"]))
     try:
-        papermill.execute_notebook(source, out, values, progress_bar=False, log_output=True, stdout_file=sys.stdout)
+        papermill.execute_notebook(
+            source, out, values, progress_bar=False, log_output=True, stdout_file=sys.stdout, extra_arguments=QUIET
+        )
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from None
@@ -45,7 +50,7 @@ def run_notebook(path: str | Path, config: Config, given: Iterable[str]) -> Path
         if (folder / "config.yaml").is_file() and read_manifest(folder)["status"] == "stopped":
             raise KeyboardInterrupt from None
         raise RunFailed(f"the notebook's kernel died, often for want of memory; what it did is in {out}") from None
-    except PapermillException as error:
+    except (PapermillException, NoSuchKernel, ValueError) as error:  # ValueError: it names no language
         raise ConfigError(f"notebook {str(path)!r} cannot be run: {sentence(error) or error}") from None
     finally:
         if out.exists():
