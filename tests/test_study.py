@@ -56,8 +56,8 @@ def test_cells_are_configurations(path, profile):
     assert {cell.paper for cell in study.cells} > {""} or all(cell.paper for cell in study.cells)
 
 
-TUNED = ("tuning", "tuning_either_way")
-JUDGED = ("claims", "claims_settings", "forms_low", "forms_high", "forms_long_low", "forms_long_high")
+TUNED = ("tuning", "tuning_either_way", "remedies_development")
+JUDGED = ("claims", "claims_settings", "forms_low", "forms_high", "forms_long_low", "forms_long_high", "remedies")
 
 
 @pytest.mark.parametrize("name", [*TUNED, "warning", *JUDGED])
