@@ -1,6 +1,7 @@
 """The notebooks: their form; papermill runs each to its end from either folder, and misspelt parameters are refused."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -12,14 +13,20 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+import yaml
+from forked_engine import execute
 from safetensors.torch import load_file, save_file
+from test_show import loads
 from tiny_models import make_reward_model
 
 from savelib.analysis import METRICS
-from savelib.config import make_config, notebook_config
+from savelib.config import Config, make_config, notebook_config
 from savelib.data import world
 from savelib.runs.folder import read_metrics
-from savelib.runs.launch import run_once
+from savelib.runs.launch import once_id
+from savelib.runs.train import train
+from savelib.show.page import export
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))}
@@ -96,13 +103,37 @@ def test_text_has_the_parts_and_nothing_switches_escaping_off(name):
 # execution
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     """The folder of the runs that these tests make, and of the executed copies."""
     return tmp_path_factory.mktemp("runs")
 
 
-def papermill(name: str, runs: Path, cwd: Path = ROOT, /, **parameters) -> tuple[subprocess.CompletedProcess, Path]:
+@pytest.fixture(scope="session")
+def made(runs) -> Path:
+    """`runs` with the short runs that notebooks 04, 05 and 06 would make, made once, in this process, for all three."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAVE_RUNS", str(runs))
+        for rule in ("save", "frozen"):
+            config = make_config(rule=rule, total_steps=3)
+            first, *others = (once_id(config, prefix) for prefix in ("04", "05", "06"))
+            train(config.model_copy(update={"run_id": first}))
+            for name in others:
+                shutil.copytree(runs / first, runs / name)
+    return runs
+
+
+def papermill(name: str, runs: Path, cwd: Path = ROOT, /, **parameters) -> tuple[str, Path]:
+    """Run a notebook in a fork of this process (forked_engine.py): the error's text or "", and the executed copy."""
+    if torch.cuda.is_available():
+        done, copy = in_a_kernel(name, runs, cwd, **parameters)
+        return done.stderr if done.returncode else "", copy
+    copy = runs / f"{name}-{len(list(runs.glob('*.ipynb')))}.ipynb"
+    given = {key: value if isinstance(value, int) else str(value) for key, value in parameters.items()}
+    return execute(PATHS[name], copy, given, cwd, {"SAVE_RUNS": str(runs)}), copy
+
+
+def in_a_kernel(name: str, runs: Path, cwd: Path = ROOT, /, **parameters) -> tuple[subprocess.CompletedProcess, Path]:
     """`papermill notebook copy -p name value ...`, as a user types it."""
     copy = runs / f"{name}-{len(list(runs.glob('*.ipynb')))}.ipynb"
     given = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
@@ -119,20 +150,32 @@ def papermill(name: str, runs: Path, cwd: Path = ROOT, /, **parameters) -> tuple
 
 def executed(name: str, runs: Path, cwd: Path = ROOT, /, **parameters) -> nbformat.NotebookNode:
     """The executed copy of a notebook; fails unless it ended well, showed a figure and wrote no error or warning."""
-    done, copy = papermill(name, runs, cwd, **parameters)
-    assert done.returncode == 0, done.stderr[-3000:]
+    error, copy = papermill(name, runs, cwd, **parameters)
+    assert not error, error[-3000:]
+    return checked(copy)
+
+
+def checked(copy: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(copy, as_version=4)
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert all(cell.execution_count for cell in code_cells(notebook))
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no figure"
+    page = export(copy).read_text()
+    assert loads(page) == [] and "$$" not in re.sub(r"(?s)<(script|pre|code).*?</\1>", "", page)
     return notebook
 
 
 def text_of(notebook: nbformat.NotebookNode) -> str:
+    """What was printed and shown, also inside of what unfolds."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    data = [output.get("data", {}) for output in outputs]
+    said = [
+        output.get("text") or one.get("text/html") or one.get("text/plain", "")
+        for output, one in zip(outputs, data, strict=True)
+    ]
+    return html.unescape(re.sub(r"<[^>]*>", "", "\n".join(said)))
 
 
 def manifest(runs: Path, run_id: str) -> dict:
@@ -152,33 +195,51 @@ def manifest(runs: Path, run_id: str) -> dict:
     ],
 )
 def test_notebook_without_training_runs(name, folder, runs):
-    executed(name, runs, ROOT / folder)
+    executed(name, runs, ROOT / folder, **{"seeds": 3} if name.startswith("09") else {})
 
 
-@pytest.mark.parametrize(
-    "folder, parameters",
-    [
-        ("notebooks", {"algo": "rloo", "rule": "frozen", "total_steps": 4}),  # no anchor, no filter: figures say so
-        (".", {"algo": "gspo", "rule": "hl_bt", "total_steps": 4}),
-        (".", {"algo": "reinforce_pp", "rule": "offline_bt", "total_steps": 4, "checkpoint_every": 2}),
-        ("notebooks", {"total_steps": 6, "eval_every": 3}),
-        ("notebooks", {"total_steps": 3, "num_processes": 2, "backend": "ddp"}),
-        (".", {"total_steps": 3, "num_processes": 2, "backend": "deepspeed_zero2"}),
-    ],
-)
-def test_training_notebook_runs(folder, parameters, runs):
-    run_id = f"test-{parameters.get('algo') or parameters.get('backend', 'defaults')}"
-    notebook = executed("03_save_train", runs, ROOT / folder, run_id=run_id, **parameters)
+def check_training(notebook: nbformat.NotebookNode, runs: Path, run_id: str) -> None:
     assert manifest(runs, run_id)["status"] == "done"
     assert set(read_metrics(runs / run_id)) <= {"step", *METRICS}, "a metric without a word in the glossary"
     assert "LlamaForSequenceClassification" in text_of(notebook)
     assert "reward model, held-out pairs (accuracy)" in text_of(notebook)
 
 
-def test_evaluation_compares_a_run_with_its_start(runs):
-    notebook = executed("05_evaluate_rm", runs, ROOT / "notebooks", total_steps=3)
+@pytest.mark.parametrize(
+    "folder, parameters",
+    [
+        ("notebooks", {"algo": "rloo", "rule": "frozen", "total_steps": 4}),  # no anchor, no filter: figures say so
+        (".", {"algo": "reinforce_pp", "rule": "offline_bt", "total_steps": 4, "checkpoint_every": 2}),
+        (".", {"total_steps": 3, "num_processes": 2, "backend": "deepspeed_zero2"}),
+    ],
+)
+def test_training_notebook_runs(folder, parameters, runs):
+    run_id = f"test-{parameters.get('algo') or parameters.get('backend')}"
+    notebook = executed("03_save_train", runs, ROOT / folder, run_id=run_id, **parameters)
+    check_training(notebook, runs, run_id)
+
+
+def test_training_notebook_runs_in_a_kernel_of_its_own_and_jupyter_exports_it(runs):
+    done, copy = in_a_kernel("03_save_train", runs, ROOT / "notebooks", run_id="kernel", total_steps=6, eval_every=3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_training(checked(copy), runs, "kernel")
+    ours = copy.with_suffix(".html").read_text()
+    words = ["nbconvert", "--to", "html", str(copy), "--output", "jupyters"]
+    subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT / "notebooks",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
+    theirs = (runs / "jupyters.html").read_text()
+    assert loads(theirs) == [] and theirs.count("<math") == ours.count("<math") > 10
+
+
+def test_evaluation_compares_a_run_with_its_start(made):
+    notebook = executed("05_evaluate_rm", made, ROOT / "notebooks", total_steps=3)
     assert "256 rows of judgebench" in text_of(notebook) and "resolved by 256 rows" in text_of(notebook)
-    (folder,) = runs.glob("05-*")
+    (folder,) = made.glob("05-*-save-*")
     figures = json.loads((folder / "evaluation/first/judgebench.json").read_text())
     accuracy = read_metrics(folder)["eval/rm_accuracy"].iloc[-1]
     assert figures["overall"] == pytest.approx(100 * accuracy), "the run measured the same pairs"
@@ -206,10 +267,10 @@ def test_evaluation_compares_on_several_benchmarks(runs, tmp_path):
     assert f"average: {mean:+.1f} points" in text_of(notebook)
 
 
-def test_policies_are_judged_by_gold_on_loopback(runs):
-    notebook = executed("06_evaluate_policy", runs, ROOT / "notebooks", total_steps=3, prompts_used=40)
+def test_policies_are_judged_by_gold_on_loopback(made):
+    notebook = executed("06_evaluate_policy", made, ROOT / "notebooks", total_steps=3, prompts_used=40)
     assert "resolved by 40 prompts" in text_of(notebook) and "'judged_by': {'logprobs': 40}" in text_of(notebook)
-    (judged,) = runs.glob("06-tiny-save-*/judged")
+    (judged,) = made.glob("06-tiny-save-*/judged")
     rows = json.loads((judged / "first.annotations.json").read_text())
     gold = [(world.gold(r["instruction"], r["output_1"]), world.gold(r["instruction"], r["output_2"])) for r in rows]
     assert [r["preference"] for r in rows] == [1.5 + (ours - theirs) / 2 for theirs, ours in gold]
@@ -223,17 +284,43 @@ def test_published_annotations_give_published_win_rates(runs):
     assert "17.19" in text_of(notebook)
 
 
-def test_analysis_makes_its_own_runs_once_and_reads_given_ones(runs, monkeypatch):
-    executed("04_analysis", runs, ROOT / "notebooks", compare="save,mean_reward", seeds=1, total_steps=4)
-    monkeypatch.setenv("SAVE_RUNS", str(runs))
-    made = [
-        run_once(make_config(rule=rule, total_steps=4), "04") for rule in ("save", "mean_reward")
-    ]  # found, not made
-    assert sorted(runs.glob("04-*")) == sorted(made)
-    assert all(manifest(runs, folder.name)["status"] == "done" for folder in made)
-    notebook = executed("04_analysis", runs, runs=f"{made[1].name}, {made[0]}")  # an id and a path
-    assert made[1].name in text_of(notebook) and "mean_reward" in text_of(notebook)
-    assert sorted(runs.glob("04-*")) == sorted(made)
+def test_analysis_finds_its_runs_and_reads_given_ones(made):
+    before = sorted(made.glob("04-*"))
+    notebook = executed("04_analysis", made, ROOT / "notebooks", compare="save,frozen", seeds=1, total_steps=3)
+    assert "save: 1 run(s)" in text_of(notebook) and "frozen: 1 run(s)" in text_of(notebook)
+    assert sorted(made.glob("04-*")) == before and len(before) == 2, "found, not made"
+    notebook = executed("04_analysis", made, runs=f"{before[1].name}, {before[0]}")  # an id and a path
+    assert before[1].name in text_of(notebook) and "frozen: 1 run(s)" in text_of(notebook)
+
+
+# exercises
+
+
+def variants() -> list[tuple[str, dict]]:
+    """(notebook, parameters) of each variant that an exercise names by `-p name value`, without those that name files."""
+    found = []
+    for name in PATHS:
+        (exercises,) = [c.source for c in read(name).cells if c.cell_type == "markdown" and "## Exercises" in c.source]
+        for span in re.findall(r"`(-p [^`]+)`", exercises):
+            given = dict(re.findall(r"-p (\w+) (\S+)", span))
+            if not any(re.search(r"[A-Z/]", value) for value in given.values()):
+                found.append((name, {key: yaml.safe_load(value) for key, value in given.items()}))
+    return found
+
+
+@pytest.mark.parametrize("name, parameters", variants())
+def test_variants_that_exercises_name_are_parameters(name, parameters):
+    (cell,) = [c for c in code_cells(read(name)) if "parameters" in c.metadata.get("tags", [])]
+    own = {line.split(" = ")[0] for line in cell.source.splitlines()[1:]}
+    make_config(**{key: value for key, value in parameters.items() if key in Config.model_fields})
+    assert set(parameters) <= own | set(Config.model_fields)
+
+
+@pytest.mark.exercises
+@pytest.mark.parametrize("name, parameters", variants())
+def test_variants_that_exercises_name_run(name, parameters, runs):
+    training = name[:2] in ("03", "04", "05", "06")
+    executed(name, runs, ROOT, **({"total_steps": 4} if training else {}) | parameters)
 
 
 def test_trl_trains_beside_our_own_loop(runs):
@@ -247,26 +334,23 @@ def test_trl_trains_beside_our_own_loop(runs):
 
 @pytest.mark.parametrize("name, folder", [("00_bt_preferences", "notebooks"), ("03_save_train", ".")])
 def test_misspelt_parameter_name_is_refused(name, folder, runs):
-    done, _ = papermill(name, runs, ROOT / folder, alg="rloo")
-    assert done.returncode != 0
-    assert "unknown parameter 'alg' (did you mean 'algo'?); valid names: " in done.stderr
+    error, _ = papermill(name, runs, ROOT / folder, alg="rloo")
+    assert "unknown parameter 'alg' (did you mean 'algo'?); valid names: " in error
 
 
 def test_bad_values_are_refused_with_the_valid_ones(runs):
-    done, _ = papermill("03_save_train", runs, ROOT / "notebooks", algo="rlo", rule="sav")
-    assert done.returncode != 0
-    assert "rule = 'sav': not one of save, " in done.stderr
-    assert "algo = 'rlo': not one of grpo, gspo, rloo, reinforce_pp" in done.stderr
+    error, _ = papermill("03_save_train", runs, ROOT / "notebooks", algo="rlo", rule="sav")
+    assert "rule = 'sav': not one of save, " in error
+    assert "algo = 'rlo': not one of grpo, gspo, rloo, reinforce_pp" in error
 
 
 def test_bad_rule_to_compare_is_refused(runs):
-    done, _ = papermill("04_analysis", runs, compare="save,hlbt")
-    assert done.returncode != 0 and "rule = 'hlbt': not one of save, " in done.stderr
+    error, _ = papermill("04_analysis", runs, compare="save,hlbt")
+    assert "rule = 'hlbt': not one of save, " in error
 
 
 def test_training_that_fails_fails_the_notebook_with_its_own_error(runs, tmp_path):
     broken = tmp_path / "prompts.jsonl"
     broken.write_text('{"prompt": "fruit mary monday :"}\n{"prompt": \n')
-    done, _ = papermill("03_save_train", runs, prompts=broken)
-    assert done.returncode != 0
-    assert f"prompts: {broken}, line 2 is not valid JSON" in done.stderr
+    error, _ = papermill("03_save_train", runs, prompts=broken)
+    assert f"prompts: {broken}, line 2 is not valid JSON" in error

@@ -122,11 +122,16 @@ def key_of(config: Config) -> str:
 
 def run_once(config: Config, prefix: str) -> Path:
     """The folder of a finished run of this very config, under a name made of it; launched only if there is none yet."""
-    run_id = f"{prefix}-{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{key_of(config)[:6]}"
+    run_id = once_id(config, prefix)
     folder = runs_dir() / run_id
     if (folder / "manifest.json").is_file() and read_manifest(folder)["status"] == "done":
         return folder
     return launch(config.model_copy(update={"run_id": run_id, "resume": "auto"}))
+
+
+def once_id(config: Config, prefix: str) -> str:
+    """The id under which `run_once` keeps a run of this very config."""
+    return f"{prefix}-{config.profile}-{config.rule}-{config.algo}-s{config.seed}-{key_of(config)[:6]}"
 
 
 def _stop(process: subprocess.Popen) -> None:
