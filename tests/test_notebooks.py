@@ -297,7 +297,7 @@ def test_analysis_finds_its_runs_and_reads_given_ones(made):
 
 
 def variants() -> list[tuple[str, dict]]:
-    """(notebook, parameters) of each variant that an exercise names by `-p name value`, without those that name files."""
+    """(notebook, parameters) of each variant that an exercise names by `-p`, without those that name files."""
     found = []
     for name in PATHS:
         (exercises,) = [c.source for c in read(name).cells if c.cell_type == "markdown" and "## Exercises" in c.source]
