@@ -101,6 +101,8 @@ def page(tmp_path_factory) -> str:
         new_markdown_cell("# Title\n\nInline $\\sigma(|a|) \\ge \\mu(t)$, code `$x$`.\n\n$$\\frac{a_1}{b*c} * d_2$$"),
         new_code_cell("1", outputs=[new_output("display_data", {"text/html": m.data}) for m in made]),
         new_code_cell("2", outputs=[new_output("stream", name="stdout", text="\x1b[31mred\x1b[0m <script>x</script>")]),
+        new_code_cell("3", outputs=[new_output("stream", name="stdout", text=f"step {i} <b>\n") for i in range(20)]),
+        new_code_cell("4"),
     ]  # fmt: skip
     path = tmp_path_factory.mktemp("page") / "some.ipynb"
     nbformat.write(new_notebook(cells=cells), path)
@@ -128,6 +130,11 @@ def test_a_page_has_its_mathematics_typeset(page):
     assert "$$" not in body and "<em>" not in body, "no star or underscore of a formula is taken for markdown"
     assert "<code>$x$</code>" in body
     assert "alert(1)" in shown(body) and "<script" not in body
+
+
+def test_a_page_folds_code_without_a_result_and_long_output(page):
+    assert "<summary>20 lines of output, the last: step 19 &lt;b&gt;</summary>" in page
+    assert len(re.findall(r'<details class="code" open', page)) == 3 == page.count('<details class="code"') - 1
 
 
 # figures that move

@@ -193,7 +193,7 @@ def filtered_groups(
     rewards: Tensor, values: Tensor, sides: Partition, threshold: float, names: list[str],
     ax: plt.Axes | None = None, gold: Tensor | None = None,
 ) -> plt.Axes:  # fmt: skip
-    """Groups on the reward axis [B, G], a row each: V a bar, the ignored band grey, the side a colour.
+    """Groups on the reward axis [B, G], one row each: V a bar, the ignored band grey, the side a colour.
 
     gold [B, G]: right responses are circles, wrong ones crosses; dots where it is nan or not given.
     """

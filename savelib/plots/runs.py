@@ -90,7 +90,7 @@ def sample_rewards(samples: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axe
 
 
 def push_against_success(metrics: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
-    """D - A against the share of right responses, a dot a step; shaded: the net push falls on mostly good responses."""
+    """D - A against the share of right responses, one dot per step; shaded: the push is down on mostly good ones."""
     ax = ax or plt.gca()
     ax.set(xlabel="share of right responses in the batch (gold)", ylabel="D - A\n(above 0: the net push is down)")
     if not {"force/push", "gold/success_rate"} <= set(metrics):
@@ -104,7 +104,7 @@ def push_against_success(metrics: pd.DataFrame, ax: plt.Axes | None = None) -> p
 
 
 def change_dots(changes: pd.DataFrame, ax: plt.Axes | None = None, paper: pd.Series | None = None) -> plt.Axes:
-    """`analysis.changes` in points, a row a group with its standard error. paper: points a rule, drawn dashed grey."""
+    """`analysis.changes` in points, one row per group, with standard errors. paper: points of each rule, dashed grey."""
     ax = ax or plt.gca()
     for i, (label, row) in enumerate(changes.iterrows()):
         rule = label.split(",")[0]

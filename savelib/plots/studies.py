@@ -14,7 +14,7 @@ from savelib.show.colours import COLOURS
 
 
 def paired_differences(table: pd.DataFrame, ax: plt.Axes | None = None, colour: object = "#333333") -> plt.Axes:
-    """Differences to a reference, a row a cell; filled: resolved, hollow: not.
+    """Differences to a reference, one row per cell; filled: resolved, hollow: not.
 
     table: by cell, difference (nan: nothing is drawn), low and high (nan: no interval), resolved (bool).
     """
@@ -43,10 +43,10 @@ def cell_colours(rules: dict[str, str]) -> dict[str, object]:
 def course(
     courses: pd.DataFrame, measure: str, colours: dict[str, object], start: str, ax: plt.Axes | None = None
 ) -> plt.Axes:
-    """A measure over the steps, in points above the world's start: a line a cell of `colours`, band: standard error.
+    """A measure over the steps, in points above the world's start: one line per cell of `colours`, band: std. error.
 
-    courses: a row a run and evaluation, with cell, world, step and the measure. The world's start is the first value
-    of the cell `start` there. The line is the mean over worlds; seeds of one world are averaged first.
+    courses: one row per run and evaluation, with cell, world, step and the measure. The world's start is the first
+    value of the cell `start` there. The line is the mean over worlds; seeds of one world are averaged first.
     """
     ax = ax or plt.gca()
     known = courses.dropna(subset=[measure]) if measure in courses else courses.iloc[:0]
@@ -67,7 +67,7 @@ VERDICTS = {"holds": COLOURS["positive"], "fails": COLOURS["negative"], "not res
 
 
 def verdict_dots(rows: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
-    """`theory.conditions` of one condition: a dot a run and step, coloured by its verdict; line: the median run.
+    """`theory.conditions` of one condition: one dot per run and step, coloured by its verdict; line: the median run.
 
     The axis is linear near 0 and logarithmic outside.
     """
@@ -90,9 +90,9 @@ def verdict_dots(rows: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
 def over_worlds(
     courses: pd.DataFrame, measure: str, colours: dict[str, object], ax: plt.Axes | None = None
 ) -> plt.Axes:
-    """A measure as it is over the steps, a line a cell of `colours`: mean over the worlds, band: lowest to highest.
+    """A measure as it is over the steps, one line per cell of `colours`: mean over the worlds, band: lowest to highest.
 
-    courses: a row a run and evaluation, with cell, world, step and the measure. Seeds of a world are averaged first.
+    courses: one row per run and evaluation, with cell, world, step, measure. Seeds of a world are averaged first.
     """
     ax = ax or plt.gca()
     known = courses.dropna(subset=[measure]) if measure in courses else courses.iloc[:0]

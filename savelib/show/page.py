@@ -39,4 +39,5 @@ OPTIONS = {  # of nbconvert's HTMLExporter, here and in notebooks/jupyter_nbconv
     "template_name": "offline",  # the folder of this name beside this file
     "extra_template_basedirs": [str(Path(__file__).parent)],
     "filters": {"markdown2html": markdown},
+    "preprocessors": ["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],  # lines printed one by one are one output
 }
