@@ -353,4 +353,4 @@ def test_training_that_fails_fails_the_notebook_with_its_own_error(runs, tmp_pat
     broken = tmp_path / "prompts.jsonl"
     broken.write_text('{"prompt": "fruit mary monday :"}\n{"prompt": \n')
     error, _ = papermill("03_save_train", runs, prompts=broken)
-    assert f"prompts: {broken}, line 2 is not valid JSON" in error
+    assert f"{broken}: row 2 is not valid JSON" in error

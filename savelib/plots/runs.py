@@ -104,7 +104,7 @@ def push_against_success(metrics: pd.DataFrame, ax: plt.Axes | None = None) -> p
 
 
 def change_dots(changes: pd.DataFrame, ax: plt.Axes | None = None, paper: pd.Series | None = None) -> plt.Axes:
-    """`analysis.changes` in points, one row per group, with standard errors. paper: points of each rule, dashed grey."""
+    """`analysis.changes` in points, one row per group. paper: points of each rule, dashed grey."""
     ax = ax or plt.gca()
     for i, (label, row) in enumerate(changes.iterrows()):
         rule = label.split(",")[0]
