@@ -247,6 +247,15 @@ DAMAGE = {
 }  # fmt: skip
 
 
+WORDS = {
+    "an unknown activation": "its config.json, or the weights beside it, cannot be used (KeyError: ",
+    "a width that is a text": "'hidden_size':",
+    "config.json is null": "its config.json or tokenizer files cannot be used (TypeError: ",
+    "tokenizer.json is cut": "its config.json or tokenizer files cannot be used (JSONDecodeError: ",
+    "weights are cut": "its weights are no whole safetensors file",
+}
+
+
 @pytest.mark.parametrize("field", ["policy_model", "reward_model"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_models(models, tmp_path, field, damage):
@@ -260,6 +269,10 @@ def test_damaged_models(models, tmp_path, field, damage):
     )
     message = said(load, str(folder))
     assert message.startswith(f"{field} = '{folder}'"), message
+    part = next(word for word in ("template", "tokenizer", "config", "weights", "") if damage.startswith(word))
+    assert part in message.replace(str(folder), ""), message
+    if damage in WORDS:
+        assert WORDS[damage] in message
 
 
 @pytest.mark.parametrize(

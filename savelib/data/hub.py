@@ -40,7 +40,8 @@ def from_pretrained(kind: type[T], source: str, field: str, **settings: Any) -> 
         with asked_once(source):
             return kind.from_pretrained(resolve(source), trust_remote_code=False, **settings)
     except Exception as error:  # whatever transformers, the hub client or safetensors raise
-        raise ConfigError(explain(error, field, source)) from None
+        part = "tokenizer" if kind.__name__ == "AutoTokenizer" else "model"
+        raise ConfigError(explain(error, field, source, part)) from None
 
 
 def from_config(kind: type[T], config: Any) -> Any:
@@ -54,7 +55,7 @@ def asked_once(source: str) -> Iterator[None]:
 
     The client tries each file six times, over a minute in all. Then only its cache is looked in.
     """
-    if Path(resolve(source)).exists() or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT):
+    if os.path.exists(resolve(source)) or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT):
         yield
         return
     switches = [constants, *filter(None, [sys.modules.get("datasets.config")])]
@@ -80,7 +81,7 @@ def reachable(endpoint: str) -> bool:
 def explain(error: Exception, field: str, source: str, kind: str = "model") -> str:
     """One sentence for what transformers, datasets or huggingface_hub raised while `field` was loaded from `source`.
 
-    kind: model or dataset.
+    kind: model, tokenizer (of a model) or dataset.
     """
     local = os.path.exists(resolve(source))
     cause = _cause(error, source, local, kind)
@@ -102,7 +103,8 @@ def _cause(error: Exception, source: str, local: bool, kind: str) -> str:
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{source}"
         return f"it is gated: accept its licence on its page, {page}, then {LOG_IN}"
     if _any(chain, RepositoryNotFoundError) or _named(chain, "DatasetNotFoundError"):
-        return f"the hub has no such {kind}, or it is private: check the id, {LOG_IN}, or {instead}"
+        what = "dataset" if kind == "dataset" else "model"
+        return f"the hub has no such {what}, or it is private: check the id, {LOG_IN}, or {instead}"
     if status == 401:
         return "the hub refused the token: give HF_TOKEN a valid one, or log in again with `hf auth login`"
     if constants.HF_HUB_OFFLINE and _any(chain, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
@@ -135,6 +137,9 @@ def _cause(error: Exception, source: str, local: bool, kind: str) -> str:
         return f"no tokenizer can be made of its files: it needs a tokenizer.json, or {instead} that has one"
     if "trust_remote_code" in text or "Dataset scripts are no longer supported" in text:
         return f"it needs code from its repository, which is never run here: take another, or {instead}"
+    if local and kind != "dataset":
+        files = "config.json or tokenizer files" if kind == "tokenizer" else "config.json, or the weights beside it,"
+        return f"its {files} cannot be used ({type(error).__name__}: {_first_line(error)}); correct them, or {instead}"
     return f"{_first_line(error)}; check it, or {instead}"
 
 
@@ -157,4 +162,6 @@ def _named(chain: list[BaseException], name: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """The first line of what an error says, and the second where the first announces it."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join([first, *map(str.strip, more[: first.endswith(":")])]).rstrip(".")
