@@ -15,7 +15,7 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 STRIP := --keep-id --extra-keys="metadata.papermill cell.metadata.papermill metadata.language_info"
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-kill bench tables lab lint
+.PHONY: help env train test test-kill bench gpu-check tables lab lint
 
 help: ## list the targets and variables
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | awk -F'\t' '{printf "%-11s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test-kill: .venv/.installed ## kill training 50 times, in the middle of saves to
 
 bench: .venv/.installed ## time a step of TRL's GRPO, our GRPO and SAVE: ARGS="--sizes a,b --repeats 7"
 	$(VENV) -m savelib bench $(ARGS)
+
+gpu-check: .venv/.installed ## on one GPU: steps against the CPU's, memory and seconds against the plan; a table for an issue
+	$(VENV) -m savelib gpu-check
 
 tables: .venv/.installed ## fill tables 1 to 6: ARGS="--seeds 0-9 --jobs 2", ARGS=--quick, ARGS="--profile paper"
 	$(VENV) -m savelib study data/studies/table*.yaml $(ARGS)

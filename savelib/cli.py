@@ -361,6 +361,17 @@ def bench(
     print(f"\n{report(folder)}\n\nfiles in  {folder}")
 
 
+@app.command("gpu-check")
+def gpu_check() -> None:
+    """Check this machine's GPU: steps against the CPU's, memory and seconds against the plan; one table."""
+    from savelib.experiments.gpu_check import as_table, check
+
+    lines = check()
+    print(as_table(lines))
+    if any(line.ok is False for line in lines):
+        raise typer.Exit(1)
+
+
 def _print_json(figures: dict, notes: list[str] = []) -> None:  # noqa: B006
     """Figures on stdout, notes on stderr."""
     from savelib.paths import strict_json

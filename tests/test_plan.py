@@ -23,7 +23,9 @@ from transformers import (
 
 from savelib.config import ConfigError, make_config
 from savelib.data.pairs_and_prompts import Prompt
-from savelib.experiments import cost
+from savelib.experiments.cost_report import load, phases
+from savelib.experiments.cost_sizes import SHAPES as BENCH_SHAPES
+from savelib.experiments.cost_sizes import SIZES as BENCH_SIZES
 from savelib.models.adapters import with_adapters
 from savelib.models.compute import recomputing
 from savelib.models.reward_model import Encoded, RewardModel
@@ -397,18 +399,18 @@ def test_bucket_sizes_are_those_of_the_deepspeed_files(tmp_path, monkeypatch):
 
 def shape(folder, name):
     """(Sizes of a size of the bench, its work, its measured seconds by phase)."""
-    size, sizes = cost.SIZES[name], []
-    for field, kind in zip((POLICY, REWARD), cost.SHAPES[size.shape], strict=True):
+    size, sizes = BENCH_SIZES[name], []
+    for field, kind in zip((POLICY, REWARD), BENCH_SHAPES[size.shape], strict=True):
         kind(num_labels=1).save_pretrained(folder / field)
         sizes.append(counted.model_sizes(str(folder / field), field))
     work = hours.Work(size.batch, size.group, size.prompt, size.new, width=4, rm_steps=1)
-    return sizes, work, cost.phases(cost.load(MEASURED)[1], name)["save"]
+    return sizes, work, phases(load(MEASURED)[1], name)["save"]
 
 
 def test_seconds_are_those_measured_on_a_cpu(tmp_path):
     """Sizes b and c within 30%, from that CPU's two rates and the shares of them that sizes a and a256 reached."""
-    rate = cost.load(MEASURED)[0]["rates"]["cpu"]
-    phases = hours.STEP_PHASES[:-1]  # one process has no transfers
+    rate = load(MEASURED)[0]["rates"]["cpu"]
+    timed = hours.STEP_PHASES[:-1]  # one process has no transfers
 
     def seconds(name, shares):
         (policy, reward), work, measured = shape(tmp_path, name)
@@ -418,14 +420,14 @@ def test_seconds_are_those_measured_on_a_cpu(tmp_path):
         return hours.step_seconds(work, policy, reward, machine), measured
 
     reached = {}
-    for phase in phases:
+    for phase in timed:
         pairs = [seconds(name, dict.fromkeys(hours.STEP_PHASES, 1.0)) for name in ("a", "a256")]
         reached[phase] = math.prod(floor[phase] / measured[phase] for floor, measured in pairs) ** 0.5
     assert all(0.2 < share < 0.8 for share in reached.values())
     for name in ("b", "c"):
         expected, measured = seconds(name, reached)
         assert sum(expected.values()) == pytest.approx(measured["step"], rel=0.3)
-        for phase in phases[1:]:
+        for phase in timed[1:]:
             if measured[phase] > 0.1:
                 assert expected[phase] == pytest.approx(measured[phase], rel=0.35), phase
 

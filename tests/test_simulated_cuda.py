@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from simulated_cuda import DeviceError, simulated_cuda
 from tiny_models import centre_rewards, paper_run
+from typer.testing import CliRunner
 
 from savelib.benchmarks.scoring import evaluate
+from savelib.cli import app
 from savelib.config import make_config
+from savelib.experiments import gpu_check
 from savelib.method import ALGORITHMS, RULES
 from savelib.runs.folder import read_metrics
 from savelib.runs.train import train
@@ -238,6 +241,44 @@ def test_the_benchmark_scorer_on_the_device(base, precision, tmp_path):
         scores.append([{k: v for k, v in json.loads(line).items() if k != "key"} for line in lines])
     assert len(scores[0]) == 8
     assert (scores[0] == scores[1]) == (precision == "float32")
+
+
+# gpu-check
+
+
+def test_gpu_check_on_the_device(base):
+    """All but the paper's models, which no CPU holds."""
+    with simulated_cuda():
+        lines = gpu_check.about("cuda") + [gpu_check.attention(torch.device("cuda"))]
+        lines += [*gpu_check.short_run("cuda", base), gpu_check.resumed("cuda", base)]
+    assert [line.ok for line in lines] == [None, None, True, True, True, True, True]
+    assert "simulated, 80 GiB" in gpu_check.as_table(lines)
+    assert gpu_check.as_table(lines).endswith("5 of 5 checks passed")
+
+
+def test_gpu_check_says_what_failed(base, monkeypatch):
+    monkeypatch.setattr(gpu_check, "attention", lambda device: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(gpu_check, "full_size", lambda size: [
+        gpu_check.against("peak", found, 10.0, (0.6, 1.1), "cuda") for found in (5.0, 10.0, 12.0)
+    ])  # fmt: skip
+    monkeypatch.setattr(gpu_check, "short_run", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu_check, "resumed", lambda *_: gpu_check.Line("nothing", "held against nothing"))
+    assert gpu_check.furthest({"a": 9.0, "b": 1.0, "time/x": 9.0}, {"a": 6.0, "b": 1.1, "time/x": 1.0}) == ("a", 0.5)
+    lines = gpu_check.check("cpu", "quick", base)
+    assert [line.ok for line in lines[2:]] == [False, False, None, False, True, False]
+
+
+def test_gpu_check_without_a_gpu_is_one_sentence():
+    result = CliRunner().invoke(app, ["gpu-check"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: gpu-check: PyTorch finds no GPU on this machine; run it where there is one\n"
+
+
+@pytest.mark.grid
+def test_gpu_check_on_the_cpu(base):
+    lines = gpu_check.check("cpu", "quick", base)
+    assert not [line for line in lines if line.ok is False]
+    assert {"peak memory, GiB", "rollout, s", "RM update, s", "a step, s"} <= {line.what for line in lines}
 
 
 @pytest.mark.grid

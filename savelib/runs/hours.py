@@ -78,6 +78,7 @@ class Work:
     chunks: int = 1  # of sampling
     rm_steps: int = 0  # updates of the reward model
     rm_pairs: int = 0  # preference pairs of one; 0: on the responses
+    members: int = 1  # reward models of an ensemble
     policy: bool = True  # whether the policy learns
     stepped: float = 1.0  # share of the trained weights whose optimizer step this process's GPU takes
     repeated: bool = True  # whether keys and values are repeated for the heads that share them
@@ -98,9 +99,10 @@ def work_of(c: Config, gpus: int) -> Work:
     stepped = {"ddp": 1.0, "deepspeed_zero2_offload": 0.0}.get(c.backend, 1 / gpus)
     return Work(
         prompts=prompts, group=c.group_size, prompt=min(c.max_prompt_tokens, PROMPT_TOKENS), new=c.max_new_tokens,
-        width=2 if c.precision == "bfloat16" else 4, rank=c.lora_rank, checkpointing=c.gradient_checkpointing,
+        width=2 if c.precision != "float32" else 4, rank=c.lora_rank, checkpointing=c.gradient_checkpointing,
         chunks=-(-prompts * c.group_size // c.rollout_rows), rm_steps=c.rm_steps if rule.loss or rule.pairs else 0,
         rm_pairs=prompts if rule.pairs else 0, policy=not c.freeze_policy, stepped=stepped,
+        members=c.ensemble,
     )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def parts(w: Work, policy: Sizes, reward: Sizes) -> Iterator[tuple[str, float, f
     cache = cache_bytes(policy, w.rows, 1, w.width == 2, w.rank) * (w.prompt + w.new / 2) * copies
     decoded = forward_flops(policy, w, head=True) - ahead
     yield ROLLOUT, decoded, w.new * (w.chunks * weights + cache), w.new * w.chunks * policy.layers
-    yield SCORING, forward_flops(reward, w), 0, 0
+    yield SCORING, w.members * forward_flops(reward, w), 0, 0
     learned = replace(w, prompts=w.rm_pairs, group=2) if w.rm_pairs else w
     yield RM_UPDATE, w.rm_steps * w.passes * forward_flops(reward, learned, shared), 0, 0
     yield RM_UPDATE, 0, w.rm_steps * w.stepped * optimizer_bytes(reward, w), 0
