@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from simulated_cuda import DeviceError, simulated_cuda
-from tiny_models import centre_rewards, paper_run
+from tiny_models import centre_rewards, checkable_prompts, paper_run
 from typer.testing import CliRunner
 
 from savelib.benchmarks.scoring import evaluate
@@ -173,6 +173,8 @@ def settings(values, name, folder):
     """Config values of a rule, an algorithm or an option."""
     more = {
         "ser": dict(reward_model=centre_rewards(values["reward_model"], folder / "rm")) if name == "ser" else {},
+        "oracle": dict(prompts=str(checkable_prompts(folder))) if name == "oracle" else {},
+        "ensemble": dict(rule="frozen", ensemble=2, bt_epochs=1, bt_head_lr=1e-3),
         "save_checked": dict(guard_preferences=values["preferences"], guard_pairs=4, guard_every=1),
         "stage 1": dict(bt_epochs=1, bt_head_lr=1e-3),
         "checkpointing": dict(gradient_checkpointing=True),
@@ -189,7 +191,7 @@ def settings(values, name, folder):
 
 
 OPTIONS = (
-    "stage 1", "checkpointing", "LoRA", "LoRA, checkpointing", "last layer", "fixed backbone", "in parts", "whole",
+    "stage 1", "ensemble", "checkpointing", "LoRA", "LoRA, checkpointing", "last layer", "fixed backbone", "in parts", "whole",
     "no policy",
 )  # fmt: skip
 RESUMED = ("save", "save_checked", "r2m", "prime", "LoRA")
