@@ -73,7 +73,7 @@ class Config(BaseModel):
         "bfloat16",
         "section 4.1",
         "arithmetic on CUDA (autocast); weights are always held in float32. A CPU computes in float32; with "
-        "bfloat16_cpu in bfloat16 too, if it has AVX512-BF16",
+        "bfloat16_cpu in bfloat16 too, if it has AVX512-BF16 or AMX: then the figures of a run depend on the CPU",
         stage=1,
     )
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = _field(

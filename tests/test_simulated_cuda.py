@@ -191,8 +191,8 @@ def settings(values, name, folder):
 
 
 OPTIONS = (
-    "stage 1", "ensemble", "checkpointing", "LoRA", "LoRA, checkpointing", "last layer", "fixed backbone", "in parts", "whole",
-    "no policy",
+    "stage 1", "ensemble", "checkpointing", "LoRA", "LoRA, checkpointing", "last layer", "fixed backbone", "in parts",
+    "whole", "no policy",
 )  # fmt: skip
 RESUMED = ("save", "save_checked", "r2m", "prime", "LoRA")
 

@@ -58,7 +58,13 @@ def pick_device(name: str, threads: int = 0) -> torch.device:
 
 
 def in_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether linear layers and attention compute in bfloat16: CUDA unless float32, a CPU if asked to and if it can."""
+    """Whether linear layers and attention compute in bfloat16: CUDA unless float32, a CPU if asked to and if it can.
+
+    Processors with AMX have AVX512-BF16 too. On an AMD EPYC without AMX a product of [96, 576] and [576, 1536], as in
+    SmolLM2, has 160 to 180 GFLOP/s in bfloat16 and 71 to 75 in float32; eight such MLPs forward and backward under
+    autocast are 1.9 times faster with 512 tokens, 1.4 with 96, and slower below about 50, where autocast's rounding
+    of the weights takes longest (`rounded` takes it out of sampling). Without the instructions it never pays.
+    """
     if device.type == "cuda":
         return precision != "float32"
     return precision == "bfloat16_cpu" and torch.cpu._is_avx512_bf16_supported()
