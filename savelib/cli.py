@@ -248,7 +248,7 @@ def evaluate(
     """Score reward-model benchmarks; an interrupted call goes on where it stopped."""
     config = _made(None, None, set_)
 
-    from savelib.benchmarks.scoring import evaluate as run
+    from savelib.benchmarks.evaluate import evaluate as run
 
     with interruptible(CALL_AGAIN):
         run(model, benchmarks.split(","), data_dir, out, config=config, max_length=max_length, truncation=truncation)
@@ -261,7 +261,7 @@ def score(
     scores: Annotated[str, typer.Option(help="JSONL of scores made elsewhere")],
 ) -> None:
     """Print a benchmark's figures of given scores as JSON."""
-    from savelib.benchmarks.scoring import score_file
+    from savelib.benchmarks.scores import score_file
 
     _print_json(score_file(benchmark, data, scores))
 

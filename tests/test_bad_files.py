@@ -11,7 +11,7 @@ from savelib.benchmarks import BENCHMARKS, statistics
 from savelib.benchmarks.judged.alpaca import DIFFICULTY, LENGTH, OWN, alpaca_json
 from savelib.benchmarks.judged.answers import read_rows
 from savelib.benchmarks.judged.arena import arena_json
-from savelib.benchmarks.scoring import score_file
+from savelib.benchmarks.scores import score_file
 from savelib.config import ConfigError, make_config
 from savelib.data.pairs_and_prompts import load_preferences, load_prompts, train_and_heldout_prompts
 from savelib.experiments import audit

@@ -14,7 +14,7 @@ from savelib.benchmarks import BENCHMARKS
 from savelib.benchmarks.ppe import SETS
 from savelib.benchmarks.rewardbench import SECTIONS
 from savelib.benchmarks.rows import Row
-from savelib.benchmarks.scoring import score_file
+from savelib.benchmarks.scores import score_file
 from savelib.cli import app
 from savelib.config import ConfigError
 

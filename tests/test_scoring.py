@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from savelib.benchmarks import BENCHMARKS, scoring
-from savelib.benchmarks.scoring import evaluate, score_file
+from savelib.benchmarks.evaluate import evaluate, find_data
+from savelib.benchmarks.scores import score_file
 from savelib.config import ConfigError, make_config
 from savelib.models.loading import load_reward_model
 
@@ -149,7 +150,7 @@ def test_tokens_are_those_of_training_with_one_bos(models):
 
 
 def scorer(rm, limit=512, truncation="left"):
-    return scoring._Scorer(rm, "f", "float32", limit, truncation, 1000, 8)
+    return scoring.Scorer(rm, "f", "float32", limit, truncation, 1000, 8)
 
 
 def test_truncation_takes_the_beginning_and_keeps_the_end(models, tmp_path):
@@ -299,7 +300,7 @@ def test_files_tell_how_figures_were_made(models, data, tmp_path):
     assert overall.loc["judgebench", "low"] == figures["ci95"][0] and overall.loc["judgebench", "n"] == 8
     assert {"macro", "knowledge", "Ties"} <= set(summary.figure)
     assert said[0] == "judgebench: 8 rows, 0 of 16 conversations cut to 512 tokens, 0 rows scored before"
-    assert any(line.startswith("judgebench: 8/8 rows") for line in said)
+    assert any(line.startswith("judgebench rows 8/8") for line in said)
     assert any(line.startswith(f"judgebench: {figures['overall']:.2f} (") for line in said)
 
 
@@ -331,7 +332,7 @@ def test_data_folders_in_the_layout_of_the_hub(tmp_path):
     pd.DataFrame(judgebench(3)).to_parquet(tmp_path / "judgebench/data/claude-00000-of-00001.parquet")
     benchmark = BENCHMARKS["judgebench"]
     for folder in (tmp_path, tmp_path / "judgebench" / "data"):
-        assert len(benchmark.rows(scoring.find_data(benchmark, folder))) == 8
+        assert len(benchmark.rows(find_data(benchmark, folder))) == 8
 
 
 def test_models_that_are_no_reward_models_are_refused(data, tmp_path, models):
@@ -359,7 +360,7 @@ def test_a_value_head_beside_the_model_does_not_matter(models, data, tmp_path):
 DRIVER = """
 import json, sys, time
 time.sleep = lambda seconds: None
-from savelib.benchmarks.scoring import evaluate
+from savelib.benchmarks.evaluate import evaluate
 from savelib.config import ConfigError, make_config
 names, out = json.loads(sys.argv[1])
 said = {}

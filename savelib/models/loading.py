@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +158,25 @@ def _new_head(model: nn.Module, missing: list[str], config: Config, source: str)
         nn.init.zeros_(model.get_parameter(name))
 
 
+def value_head_settings(file: Path) -> dict[str, Any]:
+    """The fields of the config that a value head was made with. Raises ConfigError for a file that is damaged."""
+    with _whole(file), safe_open(file, "pt") as opened:
+        return dict(json.loads((opened.metadata() or {}).get("made_with", "{}")))
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"{file} is damaged ({error}): delete it, stage 2 makes a new one") from None
+
+
 def _load_value_head(rm: RewardModel, file: Path, config: Config) -> None:
     """Raises ConfigError for a file that is damaged, or made for another value head."""
-    wanted = {"value_head": config.value_head, "value_position": config.value_position}
-    try:
-        with safe_open(file, "pt") as opened:
-            made = json.loads((opened.metadata() or {}).get("made_with", "{}"))
+    wanted, made = {"value_head": config.value_head, "value_position": config.value_position}, value_head_settings(file)
+    with _whole(file):
         weights = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{file} is damaged ({error}): delete it, stage 2 makes a new one") from None
     if made != wanted:
         raise ConfigError(f"{file}: its value head was made with {made or 'other code'}, this run asks for {wanted}")
     shapes = {name: list(p.shape) for name, p in rm.value_head.state_dict().items()}

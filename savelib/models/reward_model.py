@@ -8,7 +8,7 @@ With lora_rank the weights are a frozen base, and adapters are trained on all it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from savelib.config import ConfigError
 from savelib.data.chat import Messages, check_ids, render
 from savelib.models.adapters import adapted, plain
-from savelib.models.compute import is_recomputing
+from savelib.models.compute import autocast, is_recomputing
 from savelib.models.prefix import forward_prefixes, forward_suffixes, shares_prefixes
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -50,6 +50,11 @@ class Encoded:
     def __getitem__(self, rows: slice) -> Encoded:
         states = self.states and (self.states[0][rows], self.states[1][rows])
         return Encoded(self.ids[rows], self.prompt_ends[rows], states)
+
+    def take(self, rows: list[int]) -> Encoded:
+        """The conversations of these rows."""
+        states = self.states and (self.states[0][rows], self.states[1][rows])
+        return Encoded([self.ids[i] for i in rows], [self.prompt_ends[i] for i in rows], states)
 
     @classmethod
     def joined(cls, parts: list[Encoded]) -> Encoded:
@@ -197,6 +202,18 @@ class RewardModel(nn.Module):
             # one entry: safetensors writes several in random order, and equal heads should be equal files
             metadata={"made_with": json.dumps({"value_head": self.value_kind, "value_position": self.value_position})},
         )
+
+
+@torch.no_grad()
+def score_in_batches(rm: RewardModel, encoded: Encoded, batches: Iterable[list[int]], precision: str) -> Scored:
+    """The scores of all conversations without gradients, in their order; batches: the rows of each forward."""
+    parts, order = [], []
+    for rows in batches:
+        with autocast(rm.device, precision):
+            parts.append(rm.score(encoded.take(rows)))
+        order += rows
+    place = torch.tensor(order, device=rm.device).argsort()
+    return Scored(torch.cat([p.rewards for p in parts])[place], torch.cat([p.prompt_hidden for p in parts])[place])
 
 
 class Scorer(nn.Module):

@@ -13,7 +13,7 @@ from savelib.config import Config
 from savelib.data.pairs_and_prompts import Preference
 from savelib.method import Partition
 from savelib.models.compute import autocast, recomputing
-from savelib.models.reward_model import Encoded, RewardModel
+from savelib.models.reward_model import Encoded, RewardModel, score_in_batches
 from savelib.models.rollout import Responses
 from savelib.training.finite import NonFiniteError, require_finite
 
@@ -111,8 +111,11 @@ def embed_groups(rm: RewardModel, groups: list[Encoded], config: Config, size: i
 @torch.no_grad()
 def score_groups(rm: RewardModel, groups: list[Encoded], config: Config, size: int | None = None) -> GroupScores:
     """Score all groups without gradients, `size` at a time (default micro_batch_groups)."""
+    batch, n = Encoded.joined(groups), len(groups[0])
     slices = micro_batches(len(groups), size or config.micro_batch_groups)
-    return GroupScores.joined([score_micro_batch(rm, groups[rows], config) for rows in slices])
+    rows = (list(range(n * part.start, n * part.stop)) for part in slices)
+    scored = score_in_batches(rm, batch, rows, config.precision)
+    return GroupScores(scored.rewards.view(-1, n), scored.prompt_hidden[::n])
 
 
 class FixedPairs:

@@ -28,10 +28,10 @@ from urllib.parse import urlsplit
 import openai
 
 from savelib.benchmarks.judged.answers import Log, Row, by_id, digest, output, read_rows, text_of, write_rows, wrote
-from savelib.benchmarks.judged.responses import Progress
 from savelib.config import ConfigError
 from savelib.data.chat import Messages
 from savelib.paths import strict_json, writable_file
+from savelib.progress import Progress
 
 CATEGORIES = ("hard_prompt", "creative_writing")
 SETTINGS = {  # of the two benchmarks' own configurations
@@ -350,7 +350,7 @@ def _ask_all(benchmark: str, games: list[Game], settings: Row, endpoint: Endpoin
                 if row is None:
                     continue
                 rows.append(row)
-                progress()
+                progress.add()
         finally:
             stop.set()  # those under way are waited for and kept
     return rows

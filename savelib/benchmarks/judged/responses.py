@@ -7,8 +7,6 @@ Prompts and responses are read from JSON lists or JSONL. AlpacaEval: `instructio
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,10 +33,10 @@ from savelib.models.compute import pick_device
 from savelib.models.loading import load_policy, policy_source
 from savelib.models.rollout import sample
 from savelib.paths import resolve, writable_file
+from savelib.progress import Progress
 
 SAMPLING = ("seed", "temperature", "top_p", "top_k", "max_new_tokens", "precision")
 TABLE8 = {"profile": "paper", "num_processes": 1, "backend": "ddp", "max_prompt_tokens": 16384}  # in one process
-SHOWN_EVERY = 10  # seconds between lines of progress
 
 
 def generate(
@@ -86,7 +84,7 @@ def generate(
             for prompt, [text], finished in zip(batch, rollout.texts, rollout.finished[:, 0].tolist(), strict=True):
                 row = {"key": keys[prompt.id], "output": text, "finished": finished, "token_len": count(text)}
                 done[row["key"]] = log.append(row)
-            progress(len(batch))
+            progress.add(len(batch))
         rows = [_shaped(benchmark, asked[i], texts[i], name, done[keys[i]]) for i in texts]
         write_rows(out, rows, log)
     return {
@@ -110,23 +108,3 @@ def _shaped(benchmark: str, asked: Row, prompt: str, name: str, made: Row) -> Ro
     said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": {"answer": made["output"]}}]
     metadata = {"token_len": made["token_len"]} | count_style(made["output"])
     return {"uid": asked["uid"], "model": name, "messages": said, "metadata": metadata, "finished": made["finished"]}
-
-
-# files
-
-
-class Progress:
-    """`progress(n)` after n more: a line on stderr every few seconds, with the time left."""
-
-    def __init__(self, what: str, total: int, before: int = 0):
-        self.what, self.total, self.before, self.done = what, total, before, before
-        self.start = self.shown = time.monotonic()
-
-    def __call__(self, more: int = 1) -> None:
-        self.done += more
-        now = time.monotonic()
-        ended = self.done == self.total and self.shown > self.start  # what is done at once needs no line
-        if now - self.shown >= SHOWN_EVERY or ended:
-            left = (now - self.start) / (self.done - self.before) * (self.total - self.done)
-            print(f"{self.done}/{self.total} {self.what}  {left:.0f} s left", file=sys.stderr, flush=True)
-            self.shown = now
