@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from savelib.benchmarks.scoring import score_file
+from savelib.benchmarks.scores import score_file
 from savelib.config import Config, ConfigError, make_config
 from savelib.data.pairs_and_prompts import load_preferences, load_prompts
 

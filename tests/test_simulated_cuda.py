@@ -16,7 +16,7 @@ from simulated_cuda import DeviceError, simulated_cuda
 from tiny_models import centre_rewards, checkable_prompts, paper_run
 from typer.testing import CliRunner
 
-from savelib.benchmarks.scoring import evaluate
+from savelib.benchmarks.evaluate import evaluate
 from savelib.cli import app
 from savelib.config import make_config
 from savelib.experiments import gpu_check

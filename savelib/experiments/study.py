@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from savelib.benchmarks import BENCHMARKS
-from savelib.benchmarks.scoring import find_data
+from savelib.benchmarks.evaluate import find_data
 from savelib.config import Config, ConfigError, make_config
 from savelib.errors import sentence
 from savelib.experiments.cells import Job, Study, jobs_of, read_seeds, read_study
