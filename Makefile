@@ -31,7 +31,7 @@ test: .venv/.installed ## run the tests: PYTEST_ARGS="tests/test_feedback.py -k 
 test-kill: .venv/.installed ## kill training 50 times, in the middle of saves too, and resume: 20 minutes
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -m kill -s tests/test_kill.py tests/test_kill_saves.py
 
-bench: .venv/.installed ## time a step of TRL's GRPO, our GRPO and SAVE: ARGS="--sizes a,b --repeats 7"
+bench: .venv/.installed ## time a step of TRL's GRPO, TRL with SAVE, our GRPO and SAVE: ARGS="--sizes a,b --repeats 7"
 	$(VENV) -m savelib bench $(ARGS)
 
 gpu-check: .venv/.installed ## on one GPU: steps against the CPU's, memory and seconds against the plan; a table for an issue

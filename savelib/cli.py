@@ -351,7 +351,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="folder for the results; default: a new one under runs/")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="size quick, 2 repeats")] = False,
 ) -> None:
-    """Time a step of TRL's GRPO, our GRPO and SAVE in turn, and hold the ratios against their bars."""
+    """Time a step of TRL's GRPO, TRL with SAVE, our GRPO and SAVE in turn, and hold the ratios against their bars."""
     from savelib.experiments.cost import run
     from savelib.experiments.cost_report import report
     from savelib.experiments.cost_sizes import DEFAULT_SIZES

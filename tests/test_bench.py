@@ -195,22 +195,24 @@ def test_growth_of_memory_is_judged_against_batch_and_rollout():
 
 
 @pytest.mark.slow
-def test_quick_run_times_all_three_on_the_same_work(results):
+def test_quick_run_times_all_four_on_the_same_work(results):
     made, steps = cost_report.load(results)
-    assert made["systems"] == ["trl", "grpo", "save"]
-    assert steps.groupby("system").size().to_dict() == {"trl": 2, "grpo": 2, "save": 2}
+    assert made["systems"] == ["trl", "trl_save", "grpo", "save"]
+    assert steps.groupby("system").size().to_dict() == dict.fromkeys(made["systems"], 2)
     np.testing.assert_allclose(steps[list(cost_sizes.PHASES)].sum(axis=1), steps["seconds"], rtol=1e-6)
     assert steps["tokens"].eq(QUICK.new).all() and steps["peak_gb"].gt(0.1).all()
     one_pass = QUICK.naive_rm_tokens / 3
     tokens = {system: rows.unique().tolist() for system, rows in steps.groupby("system")["rm_tokens"]}
     assert tokens["trl"] == [one_pass], "TRL scores every padded row once"
     assert 0 < tokens["grpo"][0] <= one_pass < tokens["save"][0] <= 2 * one_pass
+    assert tokens["trl_save"] == tokens["save"]
     used = steps.set_index("system")[list(cost_sizes.PHASES)] > 0
-    assert used.loc["save"].all(axis=None), "a phase of SAVE that is never entered"
+    assert used.loc[["save", "trl_save"]].all(axis=None), "a phase of SAVE that is never entered"
     idle = {"RM update", "value update"}
     assert used.loc["trl"][[p for p in cost_sizes.PHASES if p not in idle]].all(axis=None)
     assert not used.loc["trl"][sorted(idle)].any(axis=None)
-    assert steps[steps["system"] == "save"]["groups"].max() > 0, "the reward model learnt from no group"
+    groups = steps.groupby("system")["groups"].max()
+    assert groups["save"] > 0 and groups["trl_save"] > 0, "the reward model learnt from no group"
 
 
 @pytest.mark.slow
@@ -234,7 +236,7 @@ def test_without_trl_its_column_is_left_out(tmp_path, monkeypatch):
     folder = cost.run(["quick"], 1, tmp_path, said.append)
     made, steps = cost_report.load(folder)
     assert made["systems"] == ["grpo", "save"] == steps["system"].tolist()
-    assert "trl is not installed: its column is left out" in said
+    assert "trl is not installed: its columns are left out" in said
     assert [b["bar"] for b in made["bars"]] == ["step time, SAVE / our GRPO", "RM tokens, SAVE / three padded passes"]
     assert "TRL GRPOTrainer" not in cost_report.report(folder)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import paper_run
@@ -377,7 +378,7 @@ def test_two_processes_with_deepspeed(base, tmp_path, stage):
     """ZeRO: the reward model is whole in each process, also where the policy is sharded."""
     settings = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto",
                 "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}  # fmt: skip
-    own = dict(deepspeed=settings, use_cpu=False, ddp_backend="gloo")  # without it a process believes it is alone
+    own = dict(deepspeed=settings, use_cpu=False, accelerator_config={"use_configured_state": True})
     states, rollouts = by_torchrun(base, tmp_path, per_device_train_batch_size=8, **own)
     ours = our_steps(base, "grpo", rollouts)[0]
     names = [n for n in states[0] if n.startswith("rm.") or stage == 2]
@@ -404,6 +405,9 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     values, own_of_it = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(1)
+    if "deepspeed" in own_of_it:  # without a GPU transformers would let each process believe that it is alone
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
     trainer_of_mine = trainer_of(values, folder / "trl", **own_of_it)
     batches_of_mine = recorded(trainer_of_mine)
     trainer_of_mine.train()

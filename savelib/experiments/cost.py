@@ -1,4 +1,4 @@
-"""What a step costs: TRL's GRPO, our GRPO (rule frozen) and SAVE on the same models, prompts and token counts.
+"""What a step costs: TRL's GRPO, the same with SAVE, our GRPO (rule frozen) and our SAVE, on the same work.
 
 Each system runs in a process of its own, so that its peak memory is its own. The processes take turns, a step each
 (A, B, C, A, B, C, ...), so that a machine that is slow for a while is slow for all; a ratio is taken within a round.
@@ -25,7 +25,7 @@ import torch
 from savelib.config import ConfigError
 from savelib.experiments.cost_floor import floor, rates, rollout_gb, this_machine
 from savelib.experiments.cost_report import bars, medians
-from savelib.experiments.cost_sizes import GROWTH, SIZES, SYSTEMS, Size, bench_config, save_models
+from savelib.experiments.cost_sizes import GROWTH, LEARNING, OF_TRL, SIZES, SYSTEMS, Size, bench_config, save_models
 from savelib.paths import project_root, runs_dir, writable_folder, write_atomically
 from savelib.runs.sizes import model_sizes
 
@@ -35,7 +35,7 @@ class System:
 
     def __init__(self, name: str, size: Size, models: Path, steps: int, log: Path):
         self.name, self.log = name, log
-        config = bench_config(size, models, "save" if name == "save" else "frozen")
+        config = bench_config(size, models, "save" if name in LEARNING else "frozen")
         spec = json.dumps({"system": name, "config": config.model_dump(), "steps": steps})
         env = os.environ | {"SAVE_CACHE": str(models / "cache"), "HF_HUB_OFFLINE": "1"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(project_root()), env.get("PYTHONPATH"))))
@@ -70,7 +70,7 @@ def time_size(name: str, size: Size, models: Path, repeats: int, log: Path) -> l
 
     Raises ConfigError where a system did not sample exactly size.new tokens, or did not learn from all responses.
     """
-    systems = [s for s in size.systems if s != "trl" or has_trl()]
+    systems = [s for s in size.systems if s not in OF_TRL or has_trl()]
     rows = []
     for together in [systems] if size.device == "cpu" else [[s] for s in systems]:
         with ExitStack() as stack:
@@ -115,8 +115,8 @@ def run(sizes: list[str], repeats: int, out: Path | None = None, say: Callable[[
     results = {"machine": this_machine(), "repeats": repeats, "systems": list(SYSTEMS), "rates": {}, "floors": {}}
     results["sizes"] = {name: asdict(size) for name, (size, _) in plan.items()}
     if not has_trl():
-        results["systems"].remove("trl")
-        say("trl is not installed: its column is left out")
+        results["systems"] = [s for s in SYSTEMS if s not in OF_TRL]
+        say("trl is not installed: its columns are left out")
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, (size, count) in plan.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from savelib.experiments.cost_sizes import PHASES, Size
+from savelib.experiments.cost_sizes import LEARNING, PHASES, Size
 from savelib.runs.hours import STEP_PHASES, Machine, Work, step_seconds
 from savelib.runs.memory import GIB, cache_bytes
 from savelib.runs.sizes import Sizes
@@ -61,7 +61,7 @@ def floor(size: Size, policy: Sizes, reward: Sizes, rate: dict[str, float], syst
     """
     work = Work(
         size.batch, size.group, size.prompt, size.new, width=4 if size.device == "cpu" else 2, repeated=False,
-        rank=size.fields.get("lora_rank", 0), rm_steps=int(system == "save"),
+        rank=size.fields.get("lora_rank", 0), rm_steps=int(system in LEARNING),
     )  # fmt: skip
     speed, whole = rate["flops_per_second"], dict.fromkeys(STEP_PHASES, 1.0)
     seconds = step_seconds(work, policy, reward, Machine(speed, speed, rate["bytes_per_second"], efficiency=whole))

@@ -16,6 +16,7 @@ BARS = (  # what, column, system, against, at most, at the sizes; `naive`: token
     ("step time, SAVE / TRL's GRPO", "seconds", "save", "trl", 1.0, ("quick", "a", "b", "c")),
     (OVERHEAD, "seconds", "save", "grpo", 1.25, ("quick", "a")),
     (OVERHEAD, "seconds", "save", "grpo", 1.15, ("a256",)),
+    ("step time, TRL + SAVE / TRL's GRPO", "seconds", "trl_save", "trl", 1.3, ("a",)),
     ("peak memory, SAVE / TRL's GRPO", "peak_gb", "save", "trl", 1.0, ("quick", "b", "c")),
     ("RM tokens, SAVE / three padded passes", "rm_tokens", "save", "naive", 0.5, ("quick", "b")),
 )

@@ -24,7 +24,10 @@ from savelib.data.chat import word_tokenizer
 from savelib.data.hub import from_config
 from savelib.runs.sizes import PAPER_MODELS
 
-SYSTEMS = {"trl": "TRL GRPOTrainer", "grpo": "our GRPO (frozen)", "save": "our SAVE"}
+SYSTEMS = {
+    "trl": "TRL GRPOTrainer", "trl_save": "TRL + SAVE", "grpo": "our GRPO (frozen)", "save": "our SAVE",
+}  # fmt: skip
+OF_TRL, LEARNING = ("trl", "trl_save"), ("trl_save", "save")  # the others: ours, with a frozen reward model
 PHASES = (
     "rollout", "reward scoring", "RM update", "value update", "reference log-probs", "policy forward/backward",
     "optimizer", "other",
@@ -136,7 +139,7 @@ def prompts_of(size: Size) -> list[str]:
 
 
 def bench_config(size: Size, folder: Path, rule: str = "save") -> Config:
-    """The configuration of all three systems: table 8's sampling and KL; float32 on the CPU.
+    """The configuration of all systems: table 8's sampling and KL; float32 on the CPU.
 
     Learning rates cost nothing. These are so small that the rewards stay where V was fitted, and all steps are alike.
     """

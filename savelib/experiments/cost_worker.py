@@ -1,12 +1,11 @@
 """One system of the cost benchmark in its process: `python -m savelib.experiments.cost_worker SPEC`.
 
-No response is ever finished (see cost_sizes), and under either length_filter our reward model would learn from none of
-them. `ours` marks them as finished, the one thing that it changes.
+No response is ever finished (see cost_sizes), and under either length_filter the reward model would learn from none of
+them. So all are marked as finished, the one thing that is changed.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -22,10 +21,11 @@ import torch
 from torch import nn
 
 from savelib.config import Config
-from savelib.experiments.cost_sizes import PHASES
+from savelib.experiments.cost_sizes import OF_TRL, PHASES
 from savelib.models.adapters import plain
 from savelib.models.compute import peak_memory, reset_peak_memory
-from savelib.models.rollout import Rollout
+from savelib.models.rollout import Responses, Rollout
+from savelib.training import algorithm
 from savelib.training.algorithm import save_step
 from savelib.training.metrics import Clock
 from savelib.training.stages import anchor_stage, preference_stage
@@ -102,9 +102,8 @@ def ours(config: Config, turn: Turn, steps: int) -> None:
 
 
 def trls(config: Config, turn: Turn, steps: int) -> None:
-    """TRL's GRPOTrainer, the frozen reward model given as a folder. A turn lasts from on_step_begin to on_step_end."""
-    trl = importlib.import_module("trl")  # a test's dependency: savelib itself does not need it
-
+    """TRL's GRPOTrainer, as it is or, under rule save, with SAVE. A turn lasts from on_step_begin to on_step_end."""
+    import trl  # an extra
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -116,7 +115,7 @@ def trls(config: Config, turn: Turn, steps: int) -> None:
         num_generations=c.group_size, num_iterations=1, loss_type="grpo", beta=c.beta, max_steps=steps,
         max_completion_length=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p, top_k=c.top_k,
         learning_rate=c.policy_lr, lr_scheduler_type="constant", max_grad_norm=c.max_grad_norm, shuffle_dataset=False,
-        logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        seed=c.seed, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
     )  # fmt: skip
 
     class Turns(TrainerCallback):
@@ -128,13 +127,20 @@ def trls(config: Config, turn: Turn, steps: int) -> None:
 
         def on_step_end(self, args, state, control, **kwargs):
             m = trainer._metrics["train"]
-            turn.end(tokens=m["completions/mean_length"][-1], groups=0, used=c.batch_size * c.group_size)  # fmt: skip
+            groups, kept = m.get("rm/groups", [0])[-1], m.get("policy/kept", [1])[-1]
+            used = round(kept * c.batch_size * c.group_size)
+            turn.end(tokens=m["completions/mean_length"][-1], groups=groups, used=used)
 
-    trainer = trl.GRPOTrainer(
-        model=c.policy_model, reward_funcs=c.reward_model, args=args, callbacks=[Turns()],
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in rows]),
-    )  # fmt: skip
-    turn.watch(trainer.reward_funcs[0].base_model)
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in rows])
+    common = {"model": c.policy_model, "args": args, "train_dataset": prompts, "callbacks": [Turns()]}
+    if c.rule == "frozen":
+        trainer = trl.GRPOTrainer(reward_funcs=c.reward_model, **common)
+        turn.watch(trainer.reward_funcs[0].base_model)
+    else:
+        trainer = _all_finished_trl(save=c, **common)
+        turn.watch(plain(trainer.reward_side.reward_model.model).base_model)
+        timed(clock, algorithm, "improve_reward_model", "RM update")
+        timed(clock, algorithm, "improve_value_head", "value update")
     timed(clock, trainer, "_generate", "rollout")
     timed(clock, trainer, "_calculate_rewards", "reward scoring")
     forward = "policy forward/backward"
@@ -147,6 +153,18 @@ def trls(config: Config, turn: Turn, steps: int) -> None:
     trainer.train()
 
 
+def _all_finished_trl(**arguments: Any) -> Any:
+    """TRL's GRPOTrainer with SAVE, like `AllFinished`."""
+    from savelib.trl import SaveGRPOTrainer
+
+    class Finished(SaveGRPOTrainer):
+        def _responses(self, *rows: Any) -> Responses:
+            responses = super()._responses(*rows)
+            return replace(responses, finished=torch.ones_like(responses.finished))
+
+    return Finished(**arguments)
+
+
 def _worker(system: str, config: dict[str, Any], steps: int) -> None:
     """Say when ready, then make a step for each line read."""
     channel = os.fdopen(os.dup(1), "w")
@@ -155,7 +173,7 @@ def _worker(system: str, config: dict[str, Any], steps: int) -> None:
     device = torch.device(made.device)
     reset_peak_memory(device)
     turn = Turn(channel, device, peak_memory(device))
-    trls(made, turn, steps) if system == "trl" else ours(made, turn, steps)
+    trls(made, turn, steps) if system in OF_TRL else ours(made, turn, steps)
 
 
 if __name__ == "__main__":
