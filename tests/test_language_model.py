@@ -1,13 +1,17 @@
 """The study on a real language model: gold at equal KL, paired differences, and its shipped files."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
-from savelib.experiments.cells import read_study
+from savelib.config import make_config
+from savelib.experiments.cells import jobs_of, read_study
 from savelib.experiments.language_model import STEP_METRICS, WINDOW, gold_at_kl, paired, read_responses, read_steps
+from savelib.experiments.stored_responses import Stored, accuracies, improve, start
 from savelib.experiments.summary import read_tables
 
 SHIPPED = "data/results/studies/smol_loop"
@@ -39,6 +43,16 @@ def test_differences_are_paired_by_seed():
     assert not rows.loc["a", "resolved"] and math.isnan(rows.loc["r", "difference"])
 
 
+@pytest.mark.parametrize("profile", ["smol", "single_gpu", "paper"])
+def test_the_study_is_one_command_for_other_models_too(profile):
+    study = read_study("data/studies/smol_loop.yaml")
+    jobs = jobs_of(study, [1, 2], profile=profile)
+    assert [job.cell for job in jobs] == [cell.name for cell in study.cells] * 2
+    assert {job.config.profile for job in jobs} == {profile}
+    models = {(job.config.policy_model, job.config.reward_model) for job in jobs}
+    assert models == {(make_config(profile=profile).policy_model, make_config(profile=profile).reward_model)}
+
+
 def test_shipped_files_are_those_of_one_study():
     study, summary, courses = read_tables(SHIPPED)
     assert study == read_study("data/studies/smol_loop.yaml")
@@ -48,3 +62,54 @@ def test_shipped_files_are_those_of_one_study():
         assert set(zip(table["cell"], table["seed"], strict=True)) == runs
     assert set(steps) == {"cell", "seed", "step", *STEP_METRICS}
     assert set(summary["cell"]) == {cell for cell, _ in runs}
+
+
+@pytest.fixture
+def stored():
+    """States in which quality is the first direction, with room for a reward head that begins on the second."""
+    torch.manual_seed(0)
+    gold = (torch.rand(40, 6) < 0.4).float()
+    groups = torch.randn(40, 6, 8)
+    groups[..., 0] += 2 * gold
+    pairs = torch.randn(60, 2, 8)
+    pairs[:, 0, 0] += 1.0
+    heldout = torch.randn(80, 2, 8)
+    heldout[:, 0, 0] += 2.0
+    return Stored(pairs, heldout, groups, groups.mean(1), gold, torch.ones(40, 6, dtype=torch.bool))
+
+
+def test_true_labels_improve_a_head_and_offsets_are_removed(stored):
+    config = make_config(profile="smol")
+    head, value = start(stored, config, 0)
+    before = accuracies(stored, head)
+    after = improve(stored, head, value, "gold", 1e-2, config, 0)
+    assert before["held-out pairs"] > 60 and after["held-out pairs"] > before["held-out pairs"]
+    shifted = replace(
+        stored, **{name: getattr(stored, name) + 5.0 for name in ("pairs", "heldout", "groups", "prompts")}
+    )
+    assert shifted.offset > 4 > stored.offset > shifted.centred().offset
+    torch.testing.assert_close(shifted.centred().groups, stored.centred().groups)
+
+
+def test_accuracies_are_those_of_a_plain_loop(stored):
+    head = torch.randn(8)
+    rewards = (stored.groups @ head).tolist()
+    verdicts = [
+        r > w
+        for row, gold in zip(rewards, stored.gold.tolist(), strict=True)
+        for r, right in zip(row, gold, strict=True)
+        for w, other in zip(row, gold, strict=True)
+        if right > other
+    ]
+    assert accuracies(stored, head)["stored responses"] == pytest.approx(100 * sum(verdicts) / len(verdicts))
+
+
+def test_a_level_that_falls_leaves_the_value_head_behind(stored):
+    """The mechanism in small: with an offset in the features V lags, and fewer groups are valid."""
+    config = make_config(profile="smol", value_head_lr=1e-5)
+    found = []
+    for offset in (0.0, 5.0):
+        of = replace(stored, groups=stored.groups + offset, prompts=stored.prompts + offset)
+        head, value = start(of, config, 0)
+        found.append(improve(of, head, value, "save", 1e-2, config, 0))
+    assert found[1]["lag"] > found[0]["lag"] + 0.5 and found[1]["valid groups"] < found[0]["valid groups"]
