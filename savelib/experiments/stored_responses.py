@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from savelib.benchmarks.statistics import interval_of_mean
-from savelib.config import Config, make_config
-from savelib.experiments.tables import Tables
+from savelib.config import Config
 from savelib.method import (
     RULES,
     bradley_terry_loss,
@@ -181,14 +180,3 @@ def changes(stored: Stored, config: Config) -> pd.DataFrame:
                      "valid_groups": after["valid groups"].mean(), "lag": after["lag"].mean(), "splits": SPLITS}
                 )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _changes() -> pd.DataFrame:
-    config = make_config(profile="smol")
-    return changes(collect(config), config)
-
-
-TABLES = Tables("smol", {"stored_responses": _changes}, "a quarter of an hour on one core")
-
-if __name__ == "__main__":
-    TABLES.main()
