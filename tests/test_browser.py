@@ -31,7 +31,9 @@ launch(make_config(run_id="{}", total_steps={}, eval_every=2, eval_prompts=16, t
 def browser():
     sync = pytest.importorskip("playwright.sync_api")
     with sync.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        started = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
         yield started
         started.close()
 
