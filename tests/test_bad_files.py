@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from savelib.benchmarks import BENCHMARKS, statistics
 from savelib.benchmarks.judged.alpaca import DIFFICULTY, LENGTH, OWN, alpaca_json
 from savelib.benchmarks.judged.answers import read_rows
 from savelib.benchmarks.judged.arena import arena_json
+from savelib.benchmarks.judged.judge import Endpoint, read_preference
 from savelib.benchmarks.scores import score_file
 from savelib.config import ConfigError, make_config
 from savelib.data.pairs_and_prompts import load_preferences, load_prompts, train_and_heldout_prompts
@@ -384,6 +386,33 @@ def test_categories_and_answers_that_are_there_twice(tmp_path):
     empty.write_text("")
     refused(lambda: arena_json(empty), "judgments = ", "has no rows")
     refused(lambda: arena_json(judgments, empty), "questions = ", "has no rows")
+
+
+# judges
+
+GOOD = ("http://127.0.0.1:9/v1", "j")
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    *(("timeout", value) for value in (float("inf"), float("nan"), 0, -1)),
+    *((field, value) for field in ("price_in", "price_out") for value in (float("nan"), float("inf"), -0.1)),
+])  # fmt: skip
+def test_numbers_of_an_endpoint(field, value):
+    refused(lambda: Endpoint(*GOOD, **{field: value}), f"{field} = {value}: give a number from 0")
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1/v1", "ftp://a/v1", "http://", "http://[::1/v1", "http://a:port/v1",
+                                 "http://a:99999/v1", "http://a b/v1", "http://a/v1?key=x", "http://u:p@a/v1",
+                                 "http://a\n/v1"])  # fmt: skip
+def test_addresses_that_are_none(url):
+    refused(lambda: Endpoint(url, "j").client(), "base_url must be http(s)://host[:port]/path")
+
+
+@pytest.mark.parametrize("value", [0.5, 3.0, float("nan"), float("inf")])
+def test_log_probabilities_that_no_judge_can_give(value):
+    top = [SimpleNamespace(token="m", logprob=value), SimpleNamespace(token="M", logprob=-1.0)]
+    with pytest.raises(ValueError, match="are no logarithms of probabilities"):  # the game has no verdict then
+        read_preference("m", SimpleNamespace(content=[SimpleNamespace(top_logprobs=top)]))
 
 
 # levels and percentages

@@ -114,6 +114,15 @@ class Endpoint:
     price_in: float | None = None  # per million tokens, in any currency
     price_out: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a number that no request can be made with."""
+        for name, most in (("timeout", 1e6), ("price_in", 1e9), ("price_out", 1e9)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most or name == "timeout" and not value:
+                raise ConfigError(
+                    f"{name} = {value}: give a number from 0 to {most:g}{', not 0' * (name == 'timeout')}"
+                )
+
     def key(self) -> str:
         key = os.environ.get(self.key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
@@ -121,8 +130,12 @@ class Endpoint:
         return key
 
     def client(self) -> openai.OpenAI:
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or url.username or url.query:
+        try:
+            url = urlsplit(self.base_url)
+            fits = url.port != 0 and url.scheme in ("http", "https") and url.hostname and self.base_url.isprintable()
+        except ValueError:  # a port or an address that is none
+            fits = False
+        if not fits or " " in self.base_url or url.username or url.query:
             raise ConfigError(
                 "base_url must be http(s)://host[:port]/path, without a password or a query: the key comes from the "
                 f"environment variable {self.key_env}"
@@ -411,7 +424,10 @@ def read_preference(answer: str, logprobs: Any) -> tuple[float | None, str | Non
     """
     content = getattr(logprobs, "content", None)
     if content:
-        p = {t.token: math.exp(t.logprob) for t in content[0].top_logprobs if t.token in ("m", "M")}
+        given = {t.token: t.logprob for t in content[0].top_logprobs if t.token in ("m", "M")}
+        if not all(value <= 1e-3 for value in given.values()):  # rounding may leave a little above 0
+            raise ValueError(f"log-probabilities {given} are no logarithms of probabilities")
+        p = {token: math.exp(value) for token, value in given.items()}
         if sum(p.values()) > 0:
             return 2 - p.get("m", 0.0) / sum(p.values()), "logprobs"
     said = answer.strip(" \t\n\"'`*.()")
