@@ -78,8 +78,9 @@ def _policy_args(profile: str) -> dict[str, Any]:
 def whole_config(save: Config, model: Any, args: Any, algo: str) -> Config:
     """The settings of both sides as one Config."""
     source = model if isinstance(model, str) else model.config._name_or_path
+    device = "cpu" if args.device.type == "cpu" else str(args.device)  # of several processes it is cpu:0
     of_trl = dict(
-        policy_model=source, algo=algo, seed=args.seed, device=str(args.device), num_processes=args.world_size,
+        policy_model=source, algo=algo, seed=args.seed, device=device, num_processes=args.world_size,
         batch_size=args.generation_batch_size // args.num_generations, group_size=args.num_generations,
         total_steps=args.max_steps, beta=args.beta, policy_lr=args.learning_rate, temperature=args.temperature,
         top_p=args.top_p, top_k=args.top_k or 0, max_new_tokens=args.max_completion_length,
