@@ -27,14 +27,12 @@ from savelib.trl.settings import OF_TRL
 HERE = Path(__file__).parent
 STEPS = 2
 SHARED = dict(anchor_prompts=6, anchor_batch_size=4, curriculum="fixed", initial_margin=0.6, backbone_lr=1e-4,
-              reward_head_lr=1e-3, value_head_lr=1e-2, gradient_checkpointing=False, precision="float32",
-              max_grad_norm=1e3)  # fmt: skip  # clipped, gradients of another scale would be equal
+              reward_head_lr=1e-3, value_head_lr=1e-2, gradient_checkpointing=False, precision="float32")  # fmt: skip
 OURS = dict(batch_size=4, total_steps=STEPS, policy_lr=1e-3, micro_batch_responses=5, tracker="none", beta=0.3)
 OWN = dict(
     seed=0, max_steps=STEPS, num_generations=4, per_device_train_batch_size=16, gradient_accumulation_steps=1,
     max_completion_length=6, learning_rate=1e-3, beta=0.3, gradient_checkpointing=False, use_cpu=True, bf16=False,
     report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, per_device_eval_batch_size=4,
-    max_grad_norm=1e3,
 )  # fmt: skip
 
 
