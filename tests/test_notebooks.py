@@ -86,7 +86,7 @@ def test_parameters_cell_is_literals_with_comments_and_is_checked(name):
     assert re.search(r"config = notebook_config\(\s*In", cells[1].source), "the cell after it makes the config"
     also = re.search(r"also=(\(.*?\))", cells[1].source)
     config = notebook_config([tagged[0].source], ast.literal_eval(also[1]) if also else ())
-    assert config.profile == "tiny"
+    assert config.profile == ("smol" if name == "14_real_language_model" else "tiny")
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -192,6 +192,7 @@ def manifest(runs: Path, run_id: str) -> dict:
         ("08_reproduce_tables", "notebooks"),
         ("09_when_does_it_work", "."),
         ("10_theory", "notebooks"),
+        ("14_real_language_model", "."),
     ],
 )
 def test_notebook_without_training_runs(name, folder, runs):
