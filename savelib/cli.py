@@ -245,7 +245,7 @@ def evaluate(
     truncation: Annotated[str, typer.Option(help="of longer rows: left, right or refuse")] = "left",
     set_: Pairs = [],  # noqa: B006
 ) -> None:
-    """Score reward-model benchmarks; an interrupted call goes on where it stopped."""
+    """Score reward-model benchmarks; an interrupted call resumes where it stopped."""
     config = _made(None, None, set_)
 
     from savelib.benchmarks.evaluate import evaluate as run
@@ -304,7 +304,7 @@ def judge(
     price_out: Annotated[float | None, typer.Option(help="per million tokens")] = None,
     allow_missing: Annotated[bool, typer.Option(help="write the file though games have no verdict")] = False,
 ) -> None:
-    """Have a judge compare a policy's responses with a baseline's; an interrupted call goes on where it stopped."""
+    """Have a judge compare a policy's responses with a baseline's; an interrupted call resumes where it stopped."""
     from savelib.benchmarks.judged.judge import Endpoint
     from savelib.benchmarks.judged.judge import judge as run
 

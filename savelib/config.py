@@ -61,7 +61,7 @@ class Config(BaseModel):
     resume: str = _field(
         "never",
         "ours",
-        "auto: go on from the last checkpoint of run_id; a checkpoint's folder: start a new run from it",
+        "auto: resume from the last checkpoint of run_id; a checkpoint's folder: start a new run from it",
     )
     checkpoint_every: int = _field(20, "ours", "steps between checkpoints; 0: none", ge=0)
     keep_checkpoints: int = _field(2, "ours", "how many checkpoints stay", ge=1)
@@ -82,7 +82,7 @@ class Config(BaseModel):
 
     # the machine
     num_processes: int = _field(
-        4, "section 4.1", "processes of the run on all nodes, one a GPU; batch_size is shared", ge=1
+        4, "section 4.1", "processes of the run on all nodes, one per GPU; batch_size is shared", ge=1
     )
     backend: Literal["ddp", "deepspeed_zero2", "deepspeed_zero2_offload", "deepspeed_zero3"] = _field(
         "deepspeed_zero2_offload",
@@ -356,7 +356,7 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.resume == "auto" and not self.run_id:
-            raise ValueError("resume=auto needs run_id, the run to go on with")
+            raise ValueError("resume=auto needs run_id, the run to resume")
         if self.batch_size % self.num_processes:
             raise ValueError(
                 f"batch_size = {self.batch_size} must be a multiple of num_processes = {self.num_processes}: every "

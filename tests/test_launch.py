@@ -170,8 +170,8 @@ def test_the_line_is_of_this_attempt_and_of_savelib(tmp_path, base):
     part.write_text(row(0, 1.0) + row(1, 2.0))
     part.replace(folder / "metrics.jsonl")
     with open(log, "a") as file:
-        file.write("going on after step 1 from there\nanother warning\n")
-    assert watched.line() == "going on after step 1 from there" and watched.begun()
+        file.write("resuming after step 1 from there\nanother warning\n")
+    assert watched.line() == "resuming after step 1 from there" and watched.begun()
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(row(2, 4.0) + row(3, 5.0)[:9])
     assert watched.line() == "step 2/3  reward 2.000"
@@ -244,7 +244,7 @@ def test_a_stop_from_elsewhere_is_no_failure(base, runs, tmp_path):
             for pid in processes(tmp_path, "savelib"):
                 os.kill(pid, signal.SIGTERM)
 
-    with pytest.raises(RunFailed, match="was asked to stop, not by this one; resume=auto goes on"):
+    with pytest.raises(RunFailed, match="was asked to stop, not by this one; resume=auto resumes"):
         launch(make_config(**base | dict(total_steps=5000), run_id="r"), stop)
     assert read_manifest(runs / "r")["status"] == "stopped"
 

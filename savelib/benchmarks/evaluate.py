@@ -172,7 +172,7 @@ def _line(benchmark: Benchmark, figures: dict[str, Any]) -> str:
 
 
 def _write_summary(out: Path, made_by: str) -> None:
-    """summary.csv of all `<name>.json` of this model in `out`: a line a figure; an interval for overall."""
+    """summary.csv of all `<name>.json` of this model in `out`: one line per figure; an interval for overall."""
     part = out / ".summary.csv.part"
     with open(part, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)

@@ -19,7 +19,7 @@ def score_file(name: str, data: str, scores: str) -> dict[str, Any]:
     data: a hub id, file or folder of benchmark `name`. Keys: overall, parts, n, ci95 [low, high], counts, what else the
     benchmark has (JudgeBench: macro; RM-Bench: matrix), and `note` where the data are not the whole benchmark.
     Raises ConfigError, with how many and the first, for missing, doubled and extra ids, for scores that are no finite
-    number or not one a response, and for lines that cannot be read.
+    number or not one per response, and for lines that cannot be read.
     """
     benchmark = named(name)
     rows, found = benchmark.rows(data), read_scores(benchmark, scores)

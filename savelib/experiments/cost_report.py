@@ -1,4 +1,4 @@
-"""The cost benchmark's results: read, summarised, held against their bars, and as text."""
+"""The cost benchmark's results: read, summarised, compared with their bars, and as text."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ WINDOW = 5  # steps of a running mean: one step's gold is a share of few respons
 
 
 def read_steps(folder: str | Path) -> pd.DataFrame:
-    """steps.csv of a study's folder: a row a run and step. Made of the study's runs where it is not there."""
+    """steps.csv of a study's folder: one row per run and step. Made of the study's runs where it is not there."""
     return _made_once(Path(resolve(str(folder))), "steps.csv", _steps)
 
 

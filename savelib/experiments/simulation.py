@@ -176,7 +176,7 @@ def head_gradient(
 
 
 def trajectory(form: str | Rule, settings: Sequence[Setting], seeds: Iterable[int]) -> pd.DataFrame:
-    """Train a head in each world: a row a setting (by its place), seed and step (0: before), columns `MEASURED`.
+    """Train a head in each world: one row per setting (by its place), seed and step (0: before), columns `MEASURED`.
 
     form: a name in `FORMS`, or a Rule. Adam, gradients clipped to norm 1, as in real runs; accuracy is a share.
     """

@@ -26,14 +26,14 @@ TUNING, FRESH = range(8), range(100, 124)  # seeds
 
 
 def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """`simulate`'s rows as a row a setting: means over the seeds, and the standard error of the change."""
+    """`simulate`'s rows as one row per setting: means over the seeds, and the standard error of the change."""
     settings = rows.groupby("setting")
     means = settings[["initial", "change", "drift", "net_force"]].mean()
     return means.assign(standard_error=settings["change"].sem(), seeds=settings.size())
 
 
 def phase_diagram(forms: Iterable[str] = ("save", "hl_bt", "spread"), seeds: Iterable[int] = FRESH) -> pd.DataFrame:
-    """Change of accuracy over success rate and each of `AXES`, the others at their defaults; a row a form and cell."""
+    """Change of accuracy over success rate and each of `AXES`, the others at their defaults; a row per form and cell."""
     table = []
     for form, (axis, values) in itertools.product(forms, AXES.items()):
         for value in values:
@@ -43,7 +43,7 @@ def phase_diagram(forms: Iterable[str] = ("save", "hl_bt", "spread"), seeds: Ite
 
 
 def forms_table(total_steps: int, forms: Iterable[str]) -> pd.DataFrame:
-    """Every form at every rate of `RATES` on the seeds `TUNING`, then at its best rate on `FRESH`; a row a cell.
+    """Every form at every rate of `RATES` on the seeds `TUNING`, then at its best rate on `FRESH`; one row per cell.
 
     The best rate has the highest mean change over `PATHS`: one rate a form and T, as one would have to choose it.
     """
@@ -61,7 +61,7 @@ def forms_table(total_steps: int, forms: Iterable[str]) -> pd.DataFrame:
 
 
 def courses(forms: Iterable[str] = COMPARED, seeds: Iterable[int] = FRESH) -> pd.DataFrame:
-    """Means over seeds of every step's measurements, a row a form, success rate and step."""
+    """Means over seeds of every step's measurements, one row per form, success rate and step."""
     table = []
     for form in forms:
         shares = (0.1, 0.5, 0.9)

@@ -109,7 +109,7 @@ class _LogProbs(nn.Module):
 def directional_scores(model: nn.Module, rollout: Rollout, direction: Tensor, config: Config) -> Tensor:
     """s(x, y), the derivative of log pi(y | x) along a direction [D] in the model's weights: [P, n].
 
-    Forward-mode differentiation: one pass for all responses, where gradients would take one a response.
+    Forward-mode differentiation: one pass for all responses, where gradients would take one per response.
     """
     module = _LogProbs(model)
     weights = {name: p for name, p in module.named_parameters() if p.requires_grad}

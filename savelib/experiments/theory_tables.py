@@ -53,8 +53,10 @@ def lemma1(
     rules: Iterable[str] = ("save", "frozen"), worlds: Iterable[int] = FRESH, seeds: Iterable[int] = (0, 1),
     at: Iterable[int] = (0, 20, 40, 60),
 ) -> pd.DataFrame:  # fmt: skip
-    """`measure` during training: a row a rule, world, seed, step and quantity. The gold reward's scale is that of the
-    initial models, the same throughout a run."""
+    """`measure` during training: one row per rule, world, seed, step and quantity.
+
+    The gold reward's scale is that of the initial models, the same throughout a run.
+    """
     table, at = [], set(at)
     for world, seed, rule in ((w, s, r) for w in worlds for s in seeds for r in rules):
         t = prepare(make_config(rule=rule, world_seed=world, seed=seed))

@@ -87,6 +87,6 @@ def certified(now: Tensor, start: Tensor, look: int, alpha: float, delta: float)
     now, start: margins [n] of the candidate and of the reward model at the start; look: 1, 2, ...: its own level is
     alpha / (look (look + 1)), and these sum to alpha over all looks. So the chance that any certified candidate of a
     run is worse than the start by more than delta is at most alpha, whenever the run is stopped, as long as the pairs
-    are used for nothing else: certification chooses what is returned, never how training goes on.
+    are used for nothing else: certification chooses what is returned, never how training proceeds.
     """
     return e_value(correct_change(now, start), delta) >= look * (look + 1) / alpha

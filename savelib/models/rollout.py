@@ -92,7 +92,7 @@ def sample(
 
     uniforms [N, max_new_tokens]: the random numbers of each token, by default drawn here from torch's generator. So
     a response depends neither on config.rollout_rows, the chunks that go through `generate`, nor on the processes that
-    share a batch. lockstep: go on until all processes are done (ZeRO-3 gathers weights in each forward).
+    share a batch. lockstep: continue until all processes are done (ZeRO-3 gathers weights in each forward).
     Raises ConfigError for a prompt beyond max_prompt_tokens or the model's context.
     """
     device, ends = model.device, end_tokens(model, tokenizer)

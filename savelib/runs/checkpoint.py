@@ -1,4 +1,4 @@
-"""Checkpoints: both models, the value head and all optimizers as safetensors, whole or not at all.
+"""Checkpoints: both models, the value head and all optimizers as safetensors, written atomically.
 
 A step draws its data and its random numbers from (seed, step), so a checkpoint needs no generator state and no place in
 the data, of any process.
@@ -94,7 +94,7 @@ def _save_models(t: Trainer, folder: Path) -> None:
 
 
 def save_final(t: Trainer, run: Path) -> None:
-    """run/policy and run/reward_model, each whole or not at all, as folders that plain `from_pretrained` loads.
+    """run/policy and run/reward_model, each written atomically, as folders that plain `from_pretrained` loads.
 
     Raises CheckpointError where they cannot be written.
     """
@@ -123,7 +123,7 @@ def save_final(t: Trainer, run: Path) -> None:
 def check(folder: Path, config: Config | None = None) -> int:
     """The step of a checkpoint whose files are as they were written. Raises ConfigError naming the first other one.
 
-    With a config: ConfigError too if a run of that config cannot go on from it.
+    With a config: ConfigError too if a run of that config cannot resume from it.
     """
     made, bad = _made(folder), None
     for name, sha256 in made["sha256"].items():
@@ -157,12 +157,12 @@ def _made(folder: Path) -> dict[str, Any]:
 def _refuse_other(folder: Path, made: dict[str, Any], config: Config) -> None:
     other = [f"{k} = {v!r}" for k, v in made["made_with"].items() if getattr(config, k) != v]
     if other:
-        raise ConfigError(f"checkpoint {folder} was made with {', '.join(other)}; give the same to go on from it")
+        raise ConfigError(f"checkpoint {folder} was made with {', '.join(other)}; give the same to resume from it")
     missing = [name for name in extras_of(config) if f"{name}.safetensors" not in made["sha256"]]
     if missing:
         raise ConfigError(
             f"checkpoint {folder} has no {', '.join(missing)}, which rule = {config.rule!r} or algo = {config.algo!r} "
-            "trains: go on from a run of the same rule and algorithm"
+            "trains: resume a run of the same rule and algorithm"
         )
 
 

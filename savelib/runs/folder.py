@@ -37,7 +37,7 @@ class CheckpointError(SavelibError):
     def __init__(self, what: str, error: Exception, run: Path):
         left = checkpoints(run)
         super().__init__(
-            f"{what}: {error}. The last good checkpoint is {left[-1] if left else 'none'}. Make room, then go on with "
+            f"{what}: {error}. The last good checkpoint is {left[-1] if left else 'none'}. Make room, then resume with "
             "resume=auto"
         )
 
@@ -60,7 +60,7 @@ def refuse_existing(run_id: str) -> None:
     folder = runs_dir() / run_id
     if (folder / "config.yaml").exists():
         raise ConfigError(
-            f"run_id = {run_id!r}: {folder} already holds a run; choose another run_id, or go on with it by resume=auto"
+            f"run_id = {run_id!r}: {folder} already holds a run; choose another run_id, or resume it with resume=auto"
         ) from None
 
 

@@ -35,7 +35,7 @@ SENTENCES = (
     "RunFailed",
 )  # errors that say all in their message
 # the lines of train.log that tell where a run is before its first step
-OWN_LINE = re.compile(r"stage \d|  epoch |going on after |.* is already done$")
+OWN_LINE = re.compile(r"stage \d|  epoch |resuming after |.* is already done$")
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 # of processes on one machine: none of their sockets is seen from outside
 ALONE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
@@ -103,9 +103,7 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
             picture(watched.rows, watched.line(), last=True)
         status = read_manifest(folder)["status"] if (folder / "config.yaml").is_file() else "missing"
         if process.returncode and status == "stopped" and watched.begun():
-            raise RunFailed(
-                f"the training process was asked to stop, not by this one; resume=auto goes on with {folder}"
-            )
+            raise RunFailed(f"the training process was asked to stop, not by this one; resume=auto resumes {folder}")
         if process.returncode or status != "done":
             reason = _reason(folder / "train.log", begin, process.returncode, Path(private))
             if watched.begun():  # else the folder holds another run's files, or none

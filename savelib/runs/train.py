@@ -55,7 +55,7 @@ def _steps(t: Trainer, log: RunLog | _NoLog, track: Callable[..., None], done: i
     config, folder = t.config, runs_dir() / t.config.run_id
     if checkpoint:
         load_optimizers(t, checkpoint)
-        say(f"going on after step {done} from {checkpoint}")
+        say(f"resuming after step {done} from {checkpoint}")
     else:
         metrics = evaluate(t)
         log.metrics(0, metrics)
@@ -78,7 +78,7 @@ def _steps(t: Trainer, log: RunLog | _NoLog, track: Callable[..., None], done: i
 
 
 def _start(config: Config, folder: Path, resuming: bool) -> tuple[int, Path | None]:
-    """(steps done, checkpoint to go on from); (-1, None) for a new run. The main process decides for all."""
+    """(steps done, checkpoint to resume from); (-1, None) for a new run. The main process decides for all."""
     if not resuming:
         refuse_existing(config.run_id)  # before any work is done
         if config.resume in ("never", "auto"):
@@ -166,7 +166,7 @@ def _names_checkpoint(folder: Path, begun: Path | None) -> Iterator[None]:
 
 
 def _check_same(config: Config, folder: Path) -> None:
-    """ConfigError if the run to go on with was made by another configuration."""
+    """ConfigError if the run to resume was made by another configuration."""
     made, wanted = read_config(folder).model_dump(), config.model_dump()
     changed = [k for k in wanted if made[k] != wanted[k] and k not in MAY_CHANGE]
     if changed:

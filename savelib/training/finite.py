@@ -1,4 +1,4 @@
-"""A number that is not finite stops the run: what it is, the step, the prompts, what to lower and where to go on."""
+"""A number that is not finite stops the run: what it is, the step, the prompts, what to lower and where to resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class NonFiniteError(SavelibError):
     def __str__(self) -> str:
         where = "" if self.step is None else f"step {self.step}: "
         prompts = f"; prompts: {ids_of(self.prompts)}" if self.prompts else ""
-        again = f"go on from the last good checkpoint by resume={self.checkpoint}" if self.checkpoint else "start again"
+        again = (
+            f"resume the last good checkpoint by resume={self.checkpoint}" if self.checkpoint else "start again"
+        )
         return f"{where}{self.what}{prompts}; lower {LOWER[self.name]}, and {again}"
 
 

@@ -40,7 +40,7 @@ def loaded_side(folder: Path, side: RewardSide, source: str) -> RewardSide:
         raise ConfigError(f"{folder.parent} has no reward_model/save.json: it is no checkpoint of SAVE in TRL")
     saved = json.loads((folder / "save.json").read_text())
     if saved["made_with"] != side.config.only(*SAME):
-        raise ConfigError(f"{folder} was made with {saved['made_with']}; give the same to go on from it")
+        raise ConfigError(f"{folder} was made with {saved['made_with']}; give the same to resume from it")
     side = RewardSide(side.config, side.data, source, _trained(folder, side.config))
     for name, engine in side.engines.items():
         engine.load_state(load_file(folder / f"{name}_optimizer.safetensors"))
