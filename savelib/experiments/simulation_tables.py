@@ -33,7 +33,7 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def phase_diagram(forms: Iterable[str] = ("save", "hl_bt", "spread"), seeds: Iterable[int] = FRESH) -> pd.DataFrame:
-    """Change of accuracy over success rate and each of `AXES`, the others at their defaults; a row per form and cell."""
+    """Change of accuracy over success rate and each of `AXES`, others at their defaults; one row per form and cell."""
     table = []
     for form, (axis, values) in itertools.product(forms, AXES.items()):
         for value in values:

@@ -37,9 +37,7 @@ class NonFiniteError(SavelibError):
     def __str__(self) -> str:
         where = "" if self.step is None else f"step {self.step}: "
         prompts = f"; prompts: {ids_of(self.prompts)}" if self.prompts else ""
-        again = (
-            f"resume the last good checkpoint by resume={self.checkpoint}" if self.checkpoint else "start again"
-        )
+        again = f"resume the last good checkpoint by resume={self.checkpoint}" if self.checkpoint else "start again"
         return f"{where}{self.what}{prompts}; lower {LOWER[self.name]}, and {again}"
 
 
