@@ -5,6 +5,8 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --durations=10
 PARAMETERS = $(if $(ALGO),-p algo=$(ALGO)) $(if $(PROFILE),-p profile=$(PROFILE)) $(if $(RULE),-p rule=$(RULE)) \
              $(if $(SEED),-p seed=$(SEED)) $(ARGS)
 
+CHECK := alpaca analysis arena audit bad_files bad_input benchmarks cli cli_bad_input config data feedback instructions layers \
+         outputs policy_loss progress readme show statistics
 # A misspelt variable would train the default in silence, so it stops here.
 KNOWN := PYTHON ALGO PROFILE RULE SEED ARGS PYTEST_ARGS
 UNKNOWN := $(strip $(foreach v,$(filter-out $(KNOWN),$(.VARIABLES)),$(if $(filter command,$(origin $v)),$v)))
@@ -15,7 +17,7 @@ VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python
 STRIP := --keep-id --extra-keys="metadata.papermill cell.metadata.papermill metadata.language_info"
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-kill bench gpu-check tables lab lint
+.PHONY: help env train check test test-kill bench gpu-check tables lab lint
 
 help: ## list the targets and variables
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | awk -F'\t' '{printf "%-11s %s\n", $$1, $$2}'
@@ -24,6 +26,9 @@ env: .venv/.installed ## create .venv with the pinned packages and savelib; agai
 
 train: .venv/.installed $(if $(filter smol,$(PROFILE)),.venv/.installed-smol) ## run notebook 03: ALGO= PROFILE= RULE= SEED= ARGS="-p name=value"
 	$(VENV) -m savelib notebook notebooks/03_save_train.ipynb $(PARAMETERS)
+
+check: lint ## lint, and the tests that train nothing: a minute, for use while working
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 -q $(CHECK:%=tests/test_%.py)
 
 test: .venv/.installed ## run the tests: PYTEST_ARGS="tests/test_feedback.py -k partition"
 	OMP_NUM_THREADS=1 $(VENV) -m pytest $(PYTEST_ARGS)

@@ -29,14 +29,14 @@ def say_on_stderr(line: str) -> None:
 
 
 class Progress:
-    """Says a line every few seconds while work is done, and one at its end.
+    """Says a line every few seconds while work is done, and one at the end of work that took longer.
 
         progress = Progress("games", total=500, before=20)
         progress.add(1)                        # games 21/500  0:08:00 left
         progress.add(8, "1200 tokens/s")       # games 29/500  1200 tokens/s  0:07:52 left
 
     before: what an earlier call did, which tells nothing of the speed. every: seconds between lines; 0 says each.
-    Work that ends within `every` seconds says its last line only.
+    Work that ends within `every` seconds says nothing.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Progress:
 
     def add(self, more: int = 1, *figures: str) -> None:
         self.done, now = self.done + more, time.monotonic()
-        if now - self.said >= self.every or self.done == self.total:
+        told = self.said > self.start[1]  # a line was said
+        if now - self.said >= self.every or (told and self.done == self.total):
             self.said = now
             self.say(progress_line(self.what, self.done, self.total, [self.start, (self.done, now)], figures))

@@ -341,7 +341,7 @@ def test_an_error_of_every_rank_is_said_once(base):
 
 @pytest.mark.parametrize(("rank", "code", "said"), [
     pytest.param(
-        "1", "sys.modules['transformers'] = None", "(?s)^rank 1 failed; .*Error: import of transformers halted",
+        "1", "sys.modules['transformers'] = None", "(?s)^rank 1 failed; .*Error: No module named 'transformers",
         marks=pytest.mark.slow,
     ),
     ("agent", "sys.modules['torch.distributed.launcher.api'] = None", "(?s)^training exited with 1; .*import of tor"),

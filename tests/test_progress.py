@@ -34,6 +34,11 @@ def test_a_line_every_few_seconds_and_at_the_end(monkeypatch):
     assert said[1:] == ["games 100/100  0:00:00 left"]
 
 
+def test_short_work_says_nothing(capsys):
+    Progress("games", 2).add(2)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_every_0_says_each(capsys):
     work = Progress("run", 2, every=0)
     work.add(1, "save, seed 1: done")

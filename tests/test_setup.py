@@ -18,7 +18,7 @@ from rattler import MatchSpec
 import savelib
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "env", "train", "test", "test-kill", "bench", "tables", "lab", "lint"]
+TARGETS = ["help", "env", "train", "check", "test", "test-kill", "bench", "gpu-check", "tables", "lab", "lint"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRE_COMMIT = {
     repo["repo"].split("/")[-1]: repo

@@ -117,10 +117,10 @@ class RewardSide:
         slices = micro_batches(len(groups), self.config.micro_batch_groups)
         return GroupScores.joined([self.score(groups, responses, rows, step) for rows in slices])
 
-    def feedback(self, scores: GroupScores, threshold: float, eligible: Tensor, gold: Tensor) -> Feedback:
+    def feedback(self, scores: GroupScores, threshold: float, eligible: Tensor, gold: Tensor | None = None) -> Feedback:
         """Eq. 4 and 15-17 with the rule's anchor; without one every eligible response is kept, on no side.
 
-        eligible [B, G] bool, gold [B, G], which a rule `by_gold` takes its sides from (unknown: nan, left out).
+        eligible [B, G] bool. gold [B, G]: a rule `by_gold` takes its sides from it (unknown: nan, left out).
         """
         rewards = scores.rewards.detach()
         if self.rule.by_gold:
