@@ -1,4 +1,4 @@
-"""`jupyter nbconvert --to html NOTEBOOK`, called in this folder, writes a page that needs no network."""
+"""`jupyter nbconvert --config THIS --to html NOTEBOOK` writes a page that needs no network."""
 
 from savelib.show.page import OPTIONS
 

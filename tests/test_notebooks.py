@@ -225,10 +225,10 @@ def test_training_notebook_runs_in_a_kernel_of_its_own_and_jupyter_exports_it(ru
     assert done.returncode == 0, done.stderr[-3000:]
     check_training(checked(copy), runs, "kernel")
     ours = copy.with_suffix(".html").read_text()
-    words = ["nbconvert", "--to", "html", str(copy), "--output", "jupyters"]
+    config = ROOT / "notebooks" / "jupyter_nbconvert_config.py"
+    words = ["nbconvert", "--config", str(config), "--to", "html", str(copy), "--output", "jupyters"]
     subprocess.run(
         [sys.executable, "-m", *words],
-        cwd=ROOT / "notebooks",
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
         capture_output=True,
