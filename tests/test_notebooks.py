@@ -21,6 +21,7 @@ from test_show import loads
 from tiny_models import make_reward_model
 
 from savelib.analysis import METRICS
+from savelib.benchmarks.judged.local_judge import local_judge
 from savelib.config import Config, make_config, notebook_config
 from savelib.data import world
 from savelib.runs.folder import read_metrics
@@ -275,6 +276,21 @@ def test_policies_are_judged_by_gold_on_loopback(made):
     rows = json.loads((judged / "first.annotations.json").read_text())
     gold = [(world.gold(r["instruction"], r["output_1"]), world.gold(r["instruction"], r["output_2"])) for r in rows]
     assert [r["preference"] for r in rows] == [1.5 + (ours - theirs) / 2 for theirs, ours in gold]
+
+
+def test_a_judge_s_key_is_written_nowhere(made, monkeypatch, tmp_path):
+    key = "sk-that-nobody-may-read-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    def prefer(question, first, second):
+        return 0.5 + 0.49 * (world.gold(question, second) - world.gold(question, first))
+
+    with local_judge(prefer, "some-judge") as endpoint:
+        executed("06_evaluate_policy", made, total_steps=3, prompts_used=10, base_url=endpoint.base_url,
+                 judge_model="some-judge", out=tmp_path / "judged")  # fmt: skip
+    assert len(json.loads((tmp_path / "judged/first.annotations.json").read_text())) == 10
+    files = [f for folder in (made, tmp_path) for f in folder.rglob("*") if f.is_file()]
+    assert len(files) > 20 and not [f for f in files if key.encode() in f.read_bytes()]
 
 
 @pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"alpaca_eval's own files are not in {ANNOTATIONS}")
