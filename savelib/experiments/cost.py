@@ -55,6 +55,7 @@ class System:
     def answer(self) -> dict[str, float]:
         line = self.process.stdout.readline()
         if not line:
+            self.process.wait()  # until then its log may lack the last lines
             said = self.log.read_text().strip().splitlines() or ["nothing"]
             raise ConfigError(f"bench: {SYSTEMS[self.name]} stopped: {said[-1]} (its log: {self.log})")
         return json.loads(line)
