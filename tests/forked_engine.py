@@ -57,10 +57,26 @@ def execute(notebook: Path, copy: Path, parameters: dict, cwd: Path, env: dict) 
 
 
 def _run(nb: nbformat.NotebookNode, result: Path) -> None:
+    from IPython.core.displayhook import DisplayHook
     from IPython.core.interactiveshell import InteractiveShell
+    from traitlets import Type
     from traitlets.config import Config
 
+    class Displayed(DisplayHook):
+        """A cell's last value is displayed as in a kernel, and not printed."""
+
+        def write_output_prompt(self):
+            pass
+
+        def write_format_data(self, format_dict, md_dict=None):
+            self.shell.display_pub.publish(data=format_dict, metadata=md_dict or {})
+
+        def finish_displayhook(self):
+            self._is_active = False
+
     class Shell(InteractiveShell):
+        displayhook_class = Type(Displayed)
+
         def enable_gui(self, gui=None):  # no windows here
             pass
 

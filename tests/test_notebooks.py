@@ -310,6 +310,24 @@ def test_analysis_finds_its_runs_and_reads_given_ones(made):
     assert before[1].name in text_of(notebook) and "frozen: 1 run(s)" in text_of(notebook)
 
 
+def test_what_a_policy_says_stays_text(made):
+    """A policy that answers with markup, formulas and terminal codes, in notebook 04 and its page."""
+    said = "<script>alert(1)</script> <img src=x onerror=alert(2)> $x^2$ **b** \x1b[31m"
+    other, run = sorted(made.glob("04-*"))  # frozen, save
+    evil = Path(shutil.copytree(run, made / "evil"))
+    rows = [json.loads(line) | {"response": said} for line in (run / "samples.jsonl").read_text().splitlines()]
+    (evil / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    executed("04_analysis", made, runs=f"{evil}, {other}")
+    page = max(made.glob("04_analysis-*.html"), key=lambda f: f.stat().st_mtime).read_text()
+    assert (
+        "&lt;script&gt;alert" in page
+        and "<script>alert" not in page
+        and "<img src=x" not in page
+        and "\x1b" not in page
+    )
+    shutil.rmtree(evil)
+
+
 # exercises
 
 
