@@ -25,10 +25,7 @@ def base(tmp_path_factory):
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def folders(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SAVE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("SAVE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("folders")
 
 
 @pytest.mark.parametrize("values", [{}, dict(rule="offline_bt"), dict(rm_steps=2, micro_batch_groups=3)], ids=str)

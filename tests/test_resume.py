@@ -128,10 +128,7 @@ def base(tmp_path_factory):
     return paper_run(tmp_path_factory.mktemp("base"), "qwen3") | SMALL
 
 
-@pytest.fixture(autouse=True)
-def folders(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SAVE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("SAVE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("folders")
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,7 @@ STUDIES = sorted((ROOT / "data" / "studies").glob("table*.yaml"))
 STEM = [path.stem for path in STUDIES]
 
 
-@pytest.fixture(autouse=True)
-def folders(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SAVE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("SAVE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("folders")
 
 
 def made(folder: Path, **values) -> Path:

@@ -11,7 +11,7 @@ from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Rollout
 from savelib.training.algorithm import prepare, update_reward_model
 from savelib.training.metrics import Clock, describe
-from savelib.training.scoring import encode_groups, micro_batches, score_groups
+from savelib.training.scoring import encode_groups, micro_batches
 from savelib.training.trainer import Trainer
 
 ADVICE = (
@@ -32,12 +32,12 @@ def preflight(config: Config, prompts: int = 64, responses: int = 8) -> pd.DataF
         raise ConfigError(f"reward_model = {config.reward_model!r}: preflight needs a causal reward model")
     rollout = t.sample(1)
     ratio, _ = feature_geometry(_features(t, rollout))
-    level = score_groups(t.reward_model, encode_groups(t.reward_model, rollout), t.config).rewards
     accuracy = [_accuracy(t)]
     before, after, metrics = update_reward_model(t, rollout, t.threshold(1), 1, Clock())
     accuracy.append(_accuracy(t))
     seen = describe(before, after, rollout) | metrics
-    spread = level.std(1).mean().item()
+    spread = before.rewards.std(1).mean().item()
+    shift = (after.rewards - before.rewards).mean().item()
     rows = [
         ("features: norm of the mean / spread in a group", ratio, "SmolLM2: 6; if large, a push on a group moves all"),
         ("rewards: spread within a group (std)", spread, "0: nothing to filter by"),
@@ -47,7 +47,7 @@ def preflight(config: Config, prompts: int = 64, responses: int = 8) -> pd.DataF
         ("groups with both sides", seen["filter/valid_prompts"], "only these teach the reward model"),
         ("pull on the positives (A)", seen.get("force/pull"), "below D, the rewards of a group fall"),
         ("push on the negatives (D)", seen.get("force/push"), ""),
-        ("one step: shift of all rewards / spread", (after.rewards - level).mean().item() / spread, "if large, V lags"),
+        ("one step: shift of all rewards / spread", shift / spread, "if large, V lags"),
         ("held-out pairs: accuracy now", accuracy[0], "" if accuracy[0] is not None else "no pairs were given"),
         ("held-out pairs: accuracy after one step", accuracy[1], ""),
         ("right responses (gold)", seen.get("gold/success_rate"), "below half, SAVE's push has the right sign"),

@@ -48,8 +48,7 @@ class Encoded:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> Encoded:
-        states = self.states and (self.states[0][rows], self.states[1][rows])
-        return Encoded(self.ids[rows], self.prompt_ends[rows], states)
+        return self.take(list(range(len(self)))[rows])
 
     def take(self, rows: list[int]) -> Encoded:
         """The conversations of these rows."""

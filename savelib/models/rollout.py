@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Responses:
 
     def gold(self) -> Tensor:
         """Gold of each response [B, G] float32; nan where it is unknown."""
+        return self._gold
+
+    @cached_property
+    def _gold(self) -> Tensor:
         return torch.tensor([[p.gold(t) for t in row] for p, row in zip(self.prompts, self.texts, strict=True)])
 
 

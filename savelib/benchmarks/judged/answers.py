@@ -84,10 +84,6 @@ def text_of(row: Row, column: str, where: str) -> str:
         return text(row, column)
 
 
-def digest(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
 def _files(folder: Path) -> list[list[Any]]:
     """What tells whether a folder's files were changed."""
     stats = [(f.name, f.stat()) for f in sorted(folder.glob("*")) if f.is_file()]

@@ -27,10 +27,10 @@ from urllib.parse import urlsplit
 
 import openai
 
-from savelib.benchmarks.judged.answers import Log, Row, by_id, digest, output, read_rows, text_of, write_rows, wrote
+from savelib.benchmarks.judged.answers import Log, Row, by_id, output, read_rows, text_of, write_rows, wrote
 from savelib.config import ConfigError
 from savelib.data.chat import Messages
-from savelib.paths import strict_json, writable_file
+from savelib.paths import digest, strict_json, writable_file
 from savelib.progress import Progress
 
 CATEGORIES = ("hard_prompt", "creative_writing")
@@ -217,7 +217,7 @@ def judge(
         summary = {
             "benchmark": benchmark if benchmark == "alpaca" else f"{benchmark}, {category}",
             "judge": endpoint.model,
-            "template": f"{'built-in' if template is None else Path(template).name} {digest(turns)[:12]}",
+            "template": f"{'built-in' if template is None else Path(template).name} {digest([turns])[:12]}",
             "settings": settings,
             "pairs": len(pairs),
             "games": len(wanted),
@@ -329,7 +329,7 @@ def _games(benchmark: str, pair: Pair, turns: Messages, settings: Row, model: st
             turn | {"content": _PLACES.sub(lambda m: texts[_PLACE[m[1]]], turn["content"])}  # noqa: B023
             for turn in turns
         ]
-        games.append(Game(digest(pair.id, number, model, messages, settings), pair.id, number, messages))
+        games.append(Game(digest([pair.id, number, model, messages, settings]), pair.id, number, messages))
     return games
 
 

@@ -19,7 +19,6 @@ from savelib.benchmarks.judged.answers import (
     _files,
     by_id,
     count_style,
-    digest,
     output,
     read_rows,
     text_of,
@@ -32,7 +31,7 @@ from savelib.data.pairs_and_prompts import Prompt
 from savelib.models.compute import pick_device
 from savelib.models.loading import load_policy, policy_source
 from savelib.models.rollout import sample
-from savelib.paths import resolve, writable_file
+from savelib.paths import digest, resolve, writable_file
 from savelib.progress import Progress
 
 SAMPLING = ("seed", "temperature", "top_p", "top_k", "max_new_tokens", "precision")
@@ -68,7 +67,7 @@ def generate(
     source = resolve(policy_source(config.model_copy(update={"policy_model": str(policy)})))
     name = name or Path(policy).name
     made_with = [source, _files(Path(source)), config.only(*SAMPLING)]
-    keys = {i: digest(made_with, i, text) for i, text in texts.items()}
+    keys = {i: digest([made_with, i, text]) for i, text in texts.items()}
     with Log(log_file) as log:
         done = {row["key"]: row for row in log.rows}
         todo = [Prompt(i, [{"role": "user", "content": text}]) for i, text in texts.items() if keys[i] not in done]
@@ -96,7 +95,7 @@ def generate(
 
 def _uniforms(name: str, config: Config) -> torch.Tensor:
     """The random numbers of a response's tokens [max_new_tokens]."""
-    seed = int(digest("response", config.seed, name)[:15], 16)
+    seed = int(digest(["response", config.seed, name])[:15], 16)
     return torch.rand(config.max_new_tokens, generator=torch.Generator().manual_seed(seed))
 
 
