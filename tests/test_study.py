@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("folders")
 
 def made(folder: Path, **values) -> Path:
     path = folder / "made.yaml"
-    path.write_text(yaml.safe_dump({"title": "made", "reference": "A", "cells": [{"name": "A"}]} | values))
+    path.write_text(yaml.safe_dump({"title": "made", "reference": "A", "cells": [{"name": "A"}]} | values, sort_keys=False))
     return path
 
 
@@ -190,6 +190,21 @@ def test_a_grid_runs_every_cell_at_every_combination_in_every_world(tmp_path):
     assert points == [(0.2, 3), (0.2, 5), (0.8, 3), (0.8, 5)]
     assert jobs[2].setting == "start_share=0.2, total_steps=5"
     assert all(b.after == a.config.run_id for a, b in zip(jobs[::2], jobs[1::2], strict=True))
+
+
+def test_an_axis_of_named_settings_sets_several_fields_at_once(tmp_path):
+    starts = {"overfit": {"bt_head_lr": 0.01}, "biased": {"bt_head_lr": 0.001, "label_bias": 0.65}}
+    study = read_study(made(tmp_path, grid={"start": starts, "feature_offset": [0, 6]}, worlds="7"))
+    jobs = [job for job in jobs_of(study, [1]) if job.cell == study.cells[0].name]
+    found = [(j.setting, j.config.bt_head_lr, j.config.label_bias, j.config.feature_offset) for j in jobs]
+    assert found == [
+        ("start=overfit, feature_offset=0", 0.01, 0.0, 0.0),
+        ("start=overfit, feature_offset=6", 0.01, 0.0, 6.0),
+        ("start=biased, feature_offset=0", 0.001, 0.65, 0.0),
+        ("start=biased, feature_offset=6", 0.001, 0.65, 6.0),
+    ]
+    with pytest.raises(ConfigError, match="label_biass"):
+        read_study(made(tmp_path, grid={"start": {"odd": {"label_biass": 0.5}}}))
 
 
 def test_a_study_survives_a_cell_that_fails_and_goes_on(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class Study(BaseModel):
     column: str = "Average"  # of that table, set beside ours
     reference: str  # the cell that differences are taken from, seed by seed
     common: dict[str, Any] = {}  # config fields of all cells
-    grid: dict[str, list[Any]] = {}  # config fields with several values: every cell is run at every combination
+    # axes, every cell is run at every combination: a config field with its values, or a name with named sets of fields
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = {}
     worlds: str = ""  # backbones, such as 200-204, each with every seed; empty: a seed is its own world
     cells: list[Cell] = Field(min_length=1)
 
@@ -80,7 +81,8 @@ def read_study(path: str | Path) -> Study:
         said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{where}: {said}") from None
     names = [cell.name for cell in study.cells]
-    check_names([*study.common, *study.grid], Config.model_fields)
+    fields = [name for axis, values in study.grid.items() for name in _fields_of(axis, values)]
+    check_names([*study.common, *fields], Config.model_fields)
     empty = [field for field, values in study.grid.items() if not values]
     if empty:
         raise ConfigError(f"{where}: grid.{empty[0]} has no values; give some, or leave it out")
@@ -93,6 +95,20 @@ def read_study(path: str | Path) -> Study:
     for i, cell in enumerate(study.cells):
         _check_cell(study, cell, rows, names[:i], f"{where}, cell {cell.name!r}")
     return study
+
+
+def _fields_of(axis: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[str]:
+    return [axis] if isinstance(values, list) else [name for fields in values.values() for name in fields]
+
+
+def _points(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every combination of the grid: its name and its config fields."""
+    axes = []
+    for axis, values in study.grid.items():
+        named = values if isinstance(values, dict) else {str(value): {axis: value} for value in values}
+        axes.append([(f"{axis}={name}", fields) for name, fields in named.items()])
+    for point in itertools.product(*axes):
+        yield ", ".join(name for name, _ in point), {k: v for _, fields in point for k, v in fields.items()}
 
 
 def _check_cell(study: Study, cell: Cell, rows: pd.DataFrame, before: list[str], where: str) -> None:
@@ -145,12 +161,9 @@ def jobs_of(study: Study, seeds: list[int], **values: Any) -> list[Job]:
     """
     worlds = read_seeds(study.worlds, "worlds") if study.worlds else []
     jobs = []
-    for (world, seed), point in itertools.product(
-        itertools.product(worlds, seeds) if worlds else zip(seeds, seeds, strict=True),
-        itertools.product(*study.grid.values()),
+    for (world, seed), (setting, at) in itertools.product(
+        itertools.product(worlds, seeds) if worlds else zip(seeds, seeds, strict=True), _points(study)
     ):
-        at = dict(zip(study.grid, point, strict=True))
-        setting = ", ".join(f"{field}={value}" for field, value in at.items())
         ids: dict[str, str] = {}
         for cell in study.cells:
             mine = {"seed": seed, "world_seed": world} | study.common | at | cell.set | values
