@@ -164,6 +164,7 @@ class Config(BaseModel):
         lt=1,
         stage=1,
     )
+    world_pairs: int = _field(40, "ours", "embedded world: preference pairs of stage 1", stage=1, ge=1, le=10_000)
     label_noise: float = _field(
         0.3, "ours", "embedded world: share of flipped labels among its preference pairs", ge=0, lt=0.5, stage=1
     )

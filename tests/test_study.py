@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("folders")
 
 def made(folder: Path, **values) -> Path:
     path = folder / "made.yaml"
-    path.write_text(yaml.safe_dump({"title": "made", "reference": "A", "cells": [{"name": "A"}]} | values, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"title": "made", "reference": "A", "cells": [{"name": "A"}]} | values, sort_keys=False)
+    )
     return path
 
 

@@ -82,6 +82,7 @@ def load_preferences(source: str, config: Config, field: str = "preferences") ->
     if source == "embedded":
         pairs = world_models.preference_pairs(
             world_seed=config.world_seed,
+            n_pairs=config.world_pairs,
             label_noise=config.label_noise,
             seed=config.seed,
             start_share=config.share_of_pairs,
