@@ -22,6 +22,7 @@ MEASURED = (  # what a run's course says of it: these metrics, each the mean sin
     "reward/mean", "reward/std_in_group", "reward/skew_in_group", "force/pull", "force/push", "filter/kept",
     "filter/positive", "filter/negative", "filter/valid_prompts", "value/error", "gold/success_rate",
     "gold/pseudo_label_accuracy", "response/tokens", "response/unfinished", "policy/kl",
+    "time/rollout", "time/reward_model", "time/policy",
 )  # fmt: skip
 
 
