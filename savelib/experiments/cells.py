@@ -37,7 +37,7 @@ class Cell(BaseModel):
 class Study(BaseModel):
     """A study file, data/studies/*.yaml."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
     title: str
     table: str = ""  # of the paper: a file of data/paper
