@@ -70,3 +70,15 @@ def axis_label(column: str, prefix: str = "") -> str:
     """What a metric is and which way is better, in lines short enough for an axis."""
     name, better = METRICS[column]
     return "\n".join([*textwrap.wrap(prefix + name, 34), *([f"({better} is better)"] if better else [])])
+
+
+def in_title(column: str, width: int = 60) -> str:
+    """What a metric is, as the title of a figure."""
+    name = METRICS[column][0]
+    return "\n".join(textwrap.wrap(name[0].upper() + name[1:], width))
+
+
+def better(column: str, of: str = "") -> str:
+    """Which way a metric is better, below what is drawn of it, for an axis under such a title."""
+    way = METRICS[column][1]
+    return "\n".join(line for line in (of, f"({way} is better)" if way else "") if line)

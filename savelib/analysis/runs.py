@@ -80,7 +80,7 @@ def sample_group(samples: pd.DataFrame, step: int) -> pd.DataFrame:
 
 
 def worst_mistakes(samples: pd.DataFrame, most: int = 5) -> pd.DataFrame:
-    """Rows of samples.jsonl that the reward model got most confidently wrong, the farthest from V first.
+    """Rows of samples.jsonl that the reward model got most confidently wrong, each once, the farthest from V first.
 
     A mistake is above V and wrong by gold, or below V and right. Where the rule has no V, the mean reward of the
     group stands for it, and a column `anchor` says so. Empty where gold is unknown.
@@ -90,7 +90,8 @@ def worst_mistakes(samples: pd.DataFrame, most: int = 5) -> pd.DataFrame:
     rows = samples.assign(value=value.fillna(mean), anchor=value.isna().map({True: "mean R", False: "V"}))
     above, gold = rows["reward"] - rows["value"], rows["gold"].astype(float)
     wrong = gold.notna() & ((above > 0) != (gold > 0.5))
-    return rows.assign(distance=above.abs())[wrong].sort_values("distance", ascending=False).head(most)
+    worst = rows.assign(distance=above.abs())[wrong].sort_values("distance", ascending=False)
+    return worst.drop_duplicates(["step", "prompt_id", "response"]).head(most)
 
 
 def newest_run(but_not: str = "") -> str | None:

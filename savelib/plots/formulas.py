@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from savelib.method import Partition, bradley_terry_loss, curriculum_threshold, net_forces
-from savelib.plots.style import PAPER, nothing_to_show, plain
+from savelib.plots.style import PAPER, name_ends, nothing_to_show, plain
 from savelib.show.colours import COLOURS, LINES
 
 
@@ -19,30 +19,34 @@ def bt_curve(margins: Tensor, ax: plt.Axes | None = None, noise: tuple[float, ..
     """Eq. 11's loss over the margin, dots at `margins` [N]; a share `noise` of flipped labels bounds the best one."""
     ax = ax or plt.gca()
     loss = torch.vmap(lambda m: bradley_terry_loss(m, torch.zeros_like(m)))
-    x = torch.linspace(-4, 4, 401)
+    x, ends = torch.linspace(-4, 4, 401), []
     for share, colour in zip(noise, (COLOURS["save"], COLOURS["negative"], COLOURS["hl_bt"]), strict=False):
         y = (1 - share) * loss(x) + share * loss(-x)
-        ax.plot(x, y, color=colour, label=f"{share:.0%} of the labels flipped")
+        ax.plot(x, y, color=colour)
+        ends.append((y[-1].item(), f"{share:.0%} of the labels flipped", colour))
         if share:
             best = math.log((1 - share) / share)
-            ax.plot(best, y.min(), "v", color=colour, label=f"best margin {best:.2f}")
+            ax.plot(best, y.min(), "v", color=colour)
+            style = {"textcoords": "offset points", "ha": "center", "fontsize": "small", "color": colour}
+            ax.annotate(f"best margin {best:.2f}", (best, y.min()), (0, 7), **style)
     ax.plot(margins, loss(margins), "o", color="#333333", label="the pairs above")
-    ax.set(xlabel="margin R(chosen) - R(rejected)", ylabel="loss\n(lower is better)", ylim=(0, None))
+    ax.set(xlabel="margin R(chosen) - R(rejected)", ylabel="loss\n(lower is better)", xlim=(-4, 4), ylim=(-0.1, None))
     ax.set_title("The Bradley-Terry loss of a pair, by its margin")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend()
+    name_ends(ax, ends)
     return ax
 
 
 def epoch_losses(losses: list[float], levels: dict[str, float], ylabel: str, ax: plt.Axes | None = None) -> plt.Axes:
     """Mean loss of each epoch; levels: name -> a loss to compare with, drawn dotted."""
     ax = ax or plt.gca()
-    for (name, level), style in zip(levels.items(), (":", "-."), strict=False):
-        ax.axhline(level, color="0.3", linewidth=1, linestyle=style, label=f"{name}: {level:.3f}")
-    ax.plot(range(1, len(losses) + 1), losses, "o-", markersize=4, color=COLOURS["save"], label="loss of the epoch")
-    ax.set(xlabel="epoch", ylabel=f"{ylabel}\n(lower is better)")
-    ax.set_title("Loss over the epochs of training", pad=28)
+    for level, style in zip(levels.values(), (":", "-."), strict=False):
+        ax.axhline(level, color="0.3", linewidth=1, linestyle=style)
+    ax.plot(range(1, len(losses) + 1), losses, "o-", markersize=4, color=COLOURS["save"])
+    ax.set(xlabel="epoch", ylabel=f"{ylabel}\n(lower is better)", title="Loss over the epochs of training")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(-0.12, 1))
+    ends = [(level, f"{name}: {level:.3f}", "0.3") for name, level in levels.items()]
+    name_ends(ax, ends + [(loss, f"the last epoch: {loss:.3f}", COLOURS["save"]) for loss in losses[-1:]])
     return ax
 
 
@@ -56,7 +60,7 @@ def margin_histogram(margins: Tensor, ax: plt.Axes | None = None, bins: int = 30
     ax.axvline(margins.mean(), color="#333333", linewidth=1, label=f"mean {margins.mean():.2f}")
     ax.set(xlabel="margin R(chosen) - R(rejected)\n(further right is better)", ylabel="pairs")
     ax.set_title("Margins of held-out pairs: how far apart, and right or wrong")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend()
     return ax
 
 
@@ -74,7 +78,7 @@ def calibration(margins: Tensor, ax: plt.Axes | None = None, bins: int = 6) -> p
     ax.set(xlim=(0.48, 1.02), ylim=(0, 1.05), xlabel="how sure: sigmoid(|margin|)")
     ax.set_ylabel("share of right verdicts\n(below the line: too sure)")
     ax.set_title("How sure the reward model is, and how often it is right\nbars: one standard error")
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    ax.legend(loc="lower right")
     return ax
 
 
@@ -89,7 +93,7 @@ def value_against_reward(
     ax.scatter(targets, values, s=14, alpha=0.7, linewidth=0, color=COLOURS[side], label=name)
     ax.set(xlabel="mean reward of the group", ylabel="V(x)\n(nearer to the diagonal is better)")
     ax.set_title("V against what it should be, one dot per prompt")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend()
     return ax
 
 
@@ -103,7 +107,7 @@ def thresholds(initial_margins: list[float], total_steps: int, ax: plt.Axes | No
         ax.plot(steps, [curriculum_threshold(t, total_steps, margin) for t in steps], label=label, **style)
     ax.set(xlabel="step t", ylabel="threshold mu(t)\n(0.5: nothing is left out)", ylim=(0.48, None))
     ax.set_title("How strict the filter is over the run (eq. 14)")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend()
     return ax
 
 
@@ -124,22 +128,21 @@ def kept_over_time(
     named = {"positive": "positive", "negative": "negative", "left out": "left out"}
     handles = [plt.Line2D([], [], color=COLOURS[k], linewidth=3, label=v) for k, v in named.items()]
     handles.append(plt.Line2D([], [], color="#333333", linewidth=1, label="V(x)"))
-    ax.legend(handles=handles, frameon=False, fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.legend(handles=handles, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     ax.set(xlabel="step t", ylabel="reward R\n(higher is better)", xlim=(1, total_steps))
     ax.set_title("When each response of one group begins to count", pad=28)
     return ax
 
 
 ARROW = {"arrowstyle": "-|>,head_width=0.25", "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
-
-
 FORCES = {"L+": COLOURS["positive"], "L-": COLOURS["negative"], "HL-BT": COLOURS["hl_bt"], "L_R": COLOURS["save"],
           "zero net force": COLOURS["save_zero_net_force"]}  # fmt: skip
+PUSHES = "Where the loss pushes each response of one group"
 
 
 def pushes(
     rewards: Tensor, forces: dict[str, Tensor], ax: plt.Axes | None = None,
-    value: float | None = None, names: list[str] | None = None, scale: float = 1.0,
+    value: float | None = None, names: list[str] | None = None, scale: float = 1.0, title: str = PUSHES,
 ) -> plt.Axes:  # fmt: skip
     """One group on the reward axis, with the force of each loss on each response as an arrow.
 
@@ -157,17 +160,19 @@ def pushes(
             if abs(push) < 1e-6:
                 continue
             arrow = ARROW | {"color": FORCES[name]}
-            ax.annotate("", xy=(reward + scale * push, row), xytext=(reward, row), arrowprops=arrow)
-            ax.text(reward + scale * push / 2, row - 0.32, f"{push:+.3f}", ha="center", va="center", fontsize="x-small")
+            tip, ahead = (reward + scale * push, row), math.copysign(4, push)  # points from the tip to the number
+            ax.annotate("", xy=tip, xytext=(reward, row), arrowprops=arrow)
+            style = {"ha": "left" if push > 0 else "right", "va": "center", "fontsize": "x-small"}
+            ax.annotate(f"{push:+.3f}", tip, (ahead, 0), textcoords="offset points", **style)
     ax.plot(points, range(len(points)), "o", color="#333333", markersize=3.5)
     handles = [plt.Line2D([], [], color=FORCES[name], linewidth=2, label=f"force of {name}") for name in forces]
-    ax.legend(handles=handles, frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.legend(handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     ax.update_datalim([(end, 0) for end in ends])
-    ax.margins(x=0.08)
+    ax.margins(x=0.16)
     ax.autoscale_view(scaley=False)
     ax.set(yticks=range(len(points)), yticklabels=plain(names or [f"response {i + 1}" for i in range(len(points))]))
     ax.set(ylim=(len(points) - 0.4, -1), xlabel="reward R (further right is better)")
-    ax.set_title("Where the loss pushes each response of one group", pad=28)
+    ax.set_title(title, pad=28)
     ax.grid(axis="y", visible=False)
     return ax
 
@@ -185,7 +190,7 @@ def forces_by_share(group_size: int, gap: float, ax: plt.Axes | None = None) -> 
     ax.plot(share, push - pull, "--", color="#333333", label="D - A: the group, down")
     ax.set(xlabel="share of right responses in the group", ylabel="total force", xlim=(0, 1), ylim=(0, 1))
     ax.set_title("The pull up and the push down on a group, by how good it is")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend()
     return ax
 
 
@@ -215,7 +220,7 @@ def filtered_groups(
     for kind, (marker, of_kind) in kinds.items():
         if of_kind.any():
             handles.append(plt.Line2D([], [], color="#333333", linestyle="", marker=marker, label=kind))
-    ax.legend(handles=handles, frameon=False, fontsize="small", ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.legend(handles=handles, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
     ax.set(yticks=range(len(names)), yticklabels=plain(names), ylim=(len(names) - 0.4, -0.6))
     ax.set_xlabel("reward R (further right is better); bar: V(x), grey: left out")
     ax.set_title("Which responses teach, and in which direction: one row per prompt", pad=28)
@@ -223,22 +228,25 @@ def filtered_groups(
     return ax
 
 
-def by_threshold(table: pd.DataFrame, columns: dict[str, str], ax: plt.Axes | None = None, of: str = "") -> plt.Axes:
+def by_threshold(
+    table: pd.DataFrame, columns: dict[str, str], title: str, ax: plt.Axes | None = None, of: str = ""
+) -> plt.Axes:
     """Metrics of `loop.describe` over the `threshold` they were measured at; dashed grey: the paper's at the start.
 
-    columns: metric -> its name in the legend. of: a column of counts, for shares that deserve error bars.
+    columns: metric -> its name beside the line. of: a column of counts, for shares that deserve error bars.
     """
     ax = ax or plt.gca()
-    there = [c for c in columns if c in table and table[c].notna().any()]
+    there, ends = [c for c in columns if c in table and table[c].notna().any()], []
     for column in there:
-        y = table[column]
+        y, colour = table[column], LINES.get(column, COLOURS["save"])
         error = (y * (1 - y) / table[of]) ** 0.5 if of else None
-        style = {"fmt": "o-", "markersize": 4, "capsize": 2, "color": LINES.get(column, COLOURS["save"])}
-        ax.errorbar(table["threshold"], y, yerr=error, label=columns[column], **style)
-    ax.set(xlabel="threshold mu (to the right: fewer are kept)")
-    ax.set_title("The same responses, filtered more and more strictly", pad=46)
+        ax.errorbar(table["threshold"], y, yerr=error, fmt="o-", markersize=4, capsize=2, color=colour)
+        ends.append((y.iloc[-1], columns[column], colour))
+    ax.set(xlabel="threshold mu (to the right: fewer are kept)", title=title)
     if not there:
         return nothing_to_show(ax)
-    ax.axvline(0.75, label="mu at the start for m0 = 0.5", **PAPER)
-    ax.legend(frameon=False, fontsize="small", ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.axvline(0.75, **PAPER)
+    style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": "small", "color": "0.4"}
+    ax.annotate("a run with m0 = 0.5 starts here", (0.75, 0.02), (4, 0), **style)
+    name_ends(ax, ends)
     return ax

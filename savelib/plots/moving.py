@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import torch
 from IPython.display import HTML
@@ -13,7 +14,7 @@ from savelib.show.colours import COLOURS
 from savelib.show.moving import moving
 from savelib.show.svg import Chart, beside
 
-ROW = 22  # pixels of a response
+ROW = 24  # pixels of a response
 MOST = 30  # frames of a figure over steps: with more steps than that some are passed over
 
 
@@ -48,7 +49,7 @@ def _group(rows: pd.DataFrame, value: float, mu: float, axis: tuple[float, float
     sides = partition(rewards - anchor[:, None], mu)
     push, band = _pushes(rewards, anchor, sides), math.log(mu / (1 - mu))
     count = max(len(rows), 4)
-    chart = Chart(860, count * ROW + 78, axis, (count - 0.4, -0.7), (210, 16, 28, 36))
+    chart = Chart(860, count * ROW + 78, axis, (count - 0.4, -0.7), (262, 16, 28, 38))
     xlabel = "reward R (further right is better); bar: V, grey: left out; arrows: the force, drawn twice as long"
     chart.axes(title, xlabel, y_ticks=False)
     chart.bar((value - band, value + band), chart.y_range, COLOURS["left out"], 0.3)
@@ -58,11 +59,16 @@ def _group(rows: pd.DataFrame, value: float, mu: float, axis: tuple[float, float
         colour = COLOURS[side] if side != "left out" else "#777777"
         if abs(push[i]) > 1e-3:
             chart.arrow(row["reward"], row["reward"] + 2 * push[i], i, colour)
-            chart.text(row["reward"] + push[i], i, f"{push[i]:+.2f}", (0, -5), size=9)
+            ahead, end = (4, "start") if push[i] > 0 else (-4, "end")
+            chart.text(row["reward"] + 2 * push[i], i, f"{push[i]:+.2f}", (ahead, 4), anchor=end, size=11)
         chart.dot(row["reward"], i, colour, 4, cross=row["gold"] <= 0.5)
         gold = "" if pd.isna(row["gold"]) else "right: " if row["gold"] > 0.5 else "wrong: "
-        chart.write(204, chart.y(i) + 4, (gold + row["response"])[:34], anchor="end", colour=colour)
+        chart.write(254, chart.y(i) + 4, _short(gold + row["response"], 38), anchor="end", colour=colour)
     return chart.svg()
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1].rstrip() + "\u2026"
 
 
 def _pushes(rewards: torch.Tensor, values: torch.Tensor, sides: object) -> list[float]:
@@ -78,35 +84,41 @@ def reward_histograms(runs: dict[str, pd.DataFrame], around: int = 2, bins: int 
     runs: name -> samples with gold. A frame has the logged responses of its step and `around` steps on either side.
     """
     rewards = pd.concat([samples["reward"] for samples in runs.values()])
-    low, high = rewards.min(), rewards.max() + 1e-6
-    edges = [low + (high - low) * k / bins for k in range(bins + 1)]
-    frames = []
+    edges = np.linspace(rewards.min(), rewards.max() + 1e-6, bins + 1)
+    shares = {}  # step -> run -> kind -> its rewards, and the share of the responses in each bin
     for step in _some(pd.concat([samples["step"] for samples in runs.values()])):
         near = {name: of[of["step"].between(step - around, step + around)] for name, of in runs.items()}
-        frames.append((f"step {step}", beside(*(_histogram(name, of, edges) for name, of in near.items())).svg()))
+        shares[step] = {name: _by_gold(of, edges) for name, of in near.items()}
+    most = max(share.max() for of in shares.values() for kinds in of.values() for _, share in kinds.values())
+    frames = []
+    for step, of in shares.items():
+        charts = (_histogram(name, kinds, edges, 1.1 * most) for name, kinds in of.items())
+        frames.append((f"step {step}", beside(*charts).svg()))
     return moving(frames, "Rewards of right and of wrong responses, under a slider for the step", start=-1)
 
 
-def _histogram(name: str, samples: pd.DataFrame, edges: list[float]) -> Chart:
-    chart = Chart(430, 272, (edges[0], edges[-1]), (0, 0.45), (46, 12, 64, 36))
+KINDS = {"right": "positive", "wrong": "negative", "gold unknown": "left out"}  # and their colours
+
+
+def _by_gold(samples: pd.DataFrame, edges: np.ndarray) -> dict[str, tuple[pd.Series, np.ndarray]]:
+    gold = samples["gold"].astype(float)
+    kinds = np.select([gold > 0.5, gold.notna()], ["right", "wrong"], "gold unknown")
+    found = {kind: samples.loc[kinds == kind, "reward"] for kind in KINDS}
+    return {k: (rows, np.histogram(rows, edges)[0] / len(samples)) for k, rows in found.items() if len(rows)}
+
+
+def _histogram(name: str, kinds: dict[str, tuple[pd.Series, np.ndarray]], edges: np.ndarray, most: float) -> Chart:
+    chart = Chart(430, 272, (edges[0], edges[-1]), (0, most), (50, 12, 20 + 15 * len(KINDS), 36))
     chart.axes(f"{name}: one run", "reward R", "share of the responses")
-    known = samples["gold"].astype(float)
-    for kind, rows, colour, y in (
-        ("right", samples[known > 0.5], COLOURS["positive"], 30),
-        ("wrong", samples[known <= 0.5], COLOURS["negative"], 43),
-        ("gold unknown", samples[known.isna()], COLOURS["left out"], 56),
-    ):
-        if not len(rows):
-            continue
-        counts = pd.cut(rows["reward"], edges, include_lowest=True).value_counts(sort=False)
-        for left, right, count in zip(edges, edges[1:], counts, strict=False):
-            if count:
-                chart.bar((left, right), (0, min(count / len(samples), 0.45)), colour, 0.55)
-        mean = rows["reward"].mean()
-        chart.write(
-            chart.left, y, f"{kind}: {len(rows)} of {len(samples)}, mean R {mean:+.2f}", anchor="start", colour=colour
-        )
-        chart.line([(mean, 0), (mean, 0.45)], colour, 1.5, "4 3")
+    count = sum(len(rows) for rows, _ in kinds.values())
+    for i, (kind, (rows, shares)) in enumerate(kinds.items()):
+        colour, mean = COLOURS[KINDS[kind]], rows.mean()
+        for left, right, share in zip(edges, edges[1:], shares, strict=False):
+            if share:
+                chart.bar((left, right), (0, share), colour, 0.55)
+        said = f"{kind}: {len(rows)} of {count}, mean R {mean:+.2f} (dashed)"
+        chart.write(chart.left, 31 + 14 * i, said, anchor="start", colour=colour)
+        chart.line([(mean, 0), (mean, most)], colour, 1.5, "4 3")
     return chart
 
 

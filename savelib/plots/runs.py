@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from savelib.analysis import METRICS, axis_label
+from savelib.analysis import better, in_title
 from savelib.plots.style import PAPER, name_ends, nothing_to_show, plain
 from savelib.show.colours import COLOURS, LINES
 
@@ -61,9 +61,8 @@ def metric(
         if len(runs) > 1:
             ax.fill_between(table.index, table.min(1), table.max(1), color=COLOURS.get(rule), alpha=0.12, linewidth=0)
     of = f"mean of {most} runs, band: lowest to highest" if most > 1 else "one run of each"
-    what = METRICS[column][0]
     ax.set(
-        xlabel="step", ylabel=axis_label(column, "change: " * since_start), title=f"{what[0].upper()}{what[1:]}\n{of}"
+        xlabel="step", ylabel=better(column, "change since the start" * since_start), title=f"{in_title(column)}\n{of}"
     )
     if not drawn:
         return nothing_to_show(ax)
@@ -85,7 +84,7 @@ def sample_rewards(samples: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axe
         ax.plot(samples.groupby("step")["value"].mean(), color="#333333", linewidth=1, label="V")
     ax.set(xlabel="step", ylabel="reward R (further up is better)")
     ax.set_title("Rewards of the logged responses, right and wrong by gold; one run")
-    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
@@ -117,16 +116,17 @@ def change_dots(changes: pd.DataFrame, ax: plt.Axes | None = None, paper: pd.Ser
     ax.set_xlabel("change of accuracy in points (right is better)")
     ax.set_title("Change of the reward model's accuracy from start to end\nmean over runs, bar: one standard error")
     if paper is not None:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend()
     return ax
 
 
 def intervals(table: pd.DataFrame, xlabel: str, ax: plt.Axes | None = None, title: str = "") -> plt.Axes:
-    """Figures with their intervals, one row each. table: by name, with value (written beside it), low, high."""
+    """Figures with their intervals, one row each. table: by name, with value (written above it), low, high; colour."""
     ax = ax or plt.gca()
     for i, row in enumerate(table.itertuples()):
-        ax.plot([row.low, row.high], [i, i], color=COLOURS["save"], linewidth=1.5, solid_capstyle="butt")
-        ax.plot(row.value, i, "o", color=COLOURS["save"], markersize=6)
+        colour = getattr(row, "colour", COLOURS["save"])
+        ax.plot([row.low, row.high], [i, i], color=colour, linewidth=1.5, solid_capstyle="butt")
+        ax.plot(row.value, i, "o", color=colour, markersize=6)
         ax.annotate(
             f"{row.value:.1f}", (row.value, i), (0, 7), textcoords="offset points", ha="center", fontsize="small"
         )

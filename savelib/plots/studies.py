@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from savelib.analysis import axis_label
+from savelib.analysis import better, in_title
 from savelib.plots.style import nothing_to_show, plain
 from savelib.show.colours import COLOURS
 
@@ -59,7 +59,7 @@ def course(
         mean, error = table.mean(axis=1), table.sem(axis=1)
         ax.plot(mean, color=colours[cell], linewidth=2, label=cell)
         ax.fill_between(mean.index, mean - error, mean + error, color=colours[cell], alpha=0.1, linewidth=0)
-    ax.set(xlabel="step", ylabel=axis_label(measure, "points above the start: "))
+    ax.set(xlabel="step", ylabel=better(measure, "points above the start"), title=in_title(measure, 30))
     return ax if drawn else nothing_to_show(ax)
 
 
@@ -101,5 +101,5 @@ def over_worlds(
         table = known[known["cell"] == cell].pivot_table(index="step", columns="world", values=measure)
         ax.plot(table.mean(axis=1), color=colours[cell], linewidth=2, label=cell)
         ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colours[cell], alpha=0.12, linewidth=0)
-    ax.set(xlabel="step", ylabel=axis_label(measure))
+    ax.set(xlabel="step", ylabel=better(measure), title=in_title(measure, 30))
     return ax if drawn else nothing_to_show(ax)

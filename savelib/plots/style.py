@@ -16,6 +16,8 @@ def use_style() -> None:
     plt.rcParams.update(
         {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (6, 3.4)}
         | {"axes.titlelocation": "left", "axes.titlesize": "medium", "axes.titlepad": 8}
+        | {"legend.frameon": True, "legend.facecolor": "white", "legend.edgecolor": "white", "legend.framealpha": 0.85}
+        | {"legend.fontsize": "small"}
     )
 
 

@@ -11,5 +11,7 @@ LINES = {  # metric -> colour, where several metrics of one run are in a figure
     "force/pull": COLOURS["positive"], "force/push": COLOURS["negative"], "threshold": "#1b6ca8",
     "reward/mean": "#1b6ca8", "value/mean": "#edae49", "gold/success_rate": "#333333",
     "eval/rm_accuracy": "#1b6ca8", "eval/rm_accuracy_current": "#12908e", "eval/gold": "#333333",
-    "eval/reward": "#12908e",
+    "eval/reward": "#12908e", "value/error": "#edae49", "eval/value_error": "#a05c3b",
+    "gold/pseudo_label_accuracy": "#2a9d4a", "policy/kl": "#7a5195",
+    "time/rollout": "#edae49", "time/reward_model": "#1b6ca8", "time/policy": "#7a5195",
 }  # fmt: skip

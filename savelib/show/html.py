@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def table(frame: pd.DataFrame) -> HTML:
-    """A table whose texts come from models or files: every text is shown as it is."""
-    shown = frame.rename(index=_text, columns=_text).map(_text)
+    """A table whose texts come from models or files: every text is shown as it is, from the left."""
+    texts = {name for name, kind in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)}
+    shown = frame.rename(index=_text, columns=lambda name: _left(_text(name)) if name in texts else _text(name))
+    shown = shown.map(lambda value: _left(_text(value)))
     with pd.option_context("display.max_colwidth", None, "display.max_rows", None, "display.max_columns", None):
         return HTML(f'<div style="overflow-x:auto">{shown.to_html(escape=False)}</div>')
+
+
+def bullets(sentences: Iterable[str]) -> HTML:
+    """Sentences as a list."""
+    return HTML(f"<ul>{''.join(f'<li>{escaped(sentence)}</li>' for sentence in sentences)}</ul>")
 
 
 def folded(title: str, *parts: pd.DataFrame | HTML, open: bool = False) -> HTML:
@@ -32,6 +39,7 @@ def folded(title: str, *parts: pd.DataFrame | HTML, open: bool = False) -> HTML:
 
 def listing(thing: Callable, open: bool = False) -> HTML:
     """The source of a function or class as it runs, with the place of its file; it unfolds at a click."""
+    thing = inspect.unwrap(thing)  # a decorated function is in its own file
     file = Path(inspect.getsourcefile(thing)).resolve()
     place = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
     # colours in the tags: a page's or a front end's style sheet is not needed
@@ -42,3 +50,7 @@ def listing(thing: Callable, open: bool = False) -> HTML:
 def _text(value: object) -> object:
     """Numbers stay as they are, so that pandas formats them; all else is text."""
     return value if pd.api.types.is_number(value) else escaped(str(value))
+
+
+def _left(value: object) -> object:
+    return f'<div style="text-align:left">{value}</div>' if isinstance(value, str) else value

@@ -26,13 +26,26 @@ class _Renderer(IPythonRenderer):
     """nbconvert's own, with formulas as MathML."""
 
     def inline_math(self, body: str) -> str:
-        return convert(body)
+        return _typeset(body, "inline")
 
     def block_math(self, body: str) -> str:
-        return convert(body, display="block")
+        return _typeset(body, "block")
 
     def latex_environment(self, name: str, body: str) -> str:
-        return convert(f"\\begin{{{name}}}{body}\\end{{{name}}}", display="block")
+        return _typeset(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+
+
+SPACES = {  # what latex2mathml writes -> the same with the spaces that TeX has
+    '<mo stretchy="false">&#x0007C;</mo>': '<mo stretchy="false" lspace="0" rspace="0">|</mo>',
+    "<mi>:</mi>": "<mo>:</mo>",
+} | {f"<mi>{name}</mi>": f'<mo lspace="0" rspace="0.17em">{name}</mo>' for name in ("log", "ln", "exp")}
+
+
+def _typeset(formula: str, display: str) -> str:
+    made = convert(formula, display=display)
+    for written, spaced in SPACES.items():
+        made = made.replace(written, spaced)
+    return made
 
 
 OPTIONS = {  # of nbconvert's HTMLExporter, here and in notebooks/jupyter_nbconvert_config.py

@@ -34,7 +34,7 @@ class Chart:
     def axes(self, title: str = "", xlabel: str = "", ylabel: str = "", y_ticks: bool = True) -> Chart:
         """The frame: title above, ticks with light lines, names of the axes."""
         left, base, end = self.left, self.height - self.bottom, self.width - self.right
-        self.write(left, 15, title, anchor="start", size=13, weight="bold")
+        self.write(left, 15, title, anchor="start", size=14, weight="bold")
         for tick in ticks(*self.x_range):
             self._line(self.x(tick), self.top, self.x(tick), base, "#e6e6e6")
             self.write(self.x(tick), base + 13, f"{tick:g}")
@@ -85,7 +85,7 @@ class Chart:
         return self.write(self.x(x) + shift[0], self.y(y) + shift[1], text, **style)
 
     def write(
-        self, x: float, y: float, text: str, *, anchor: str = "middle", size: float = 11, colour: str = "#333333",
+        self, x: float, y: float, text: str, *, anchor: str = "middle", size: float = 12, colour: str = "#333333",
         weight: str = "normal", more: str = "",
     ) -> Chart:  # fmt: skip
         """Text at a pixel; it may come from a model."""
