@@ -287,6 +287,13 @@ class Config(BaseModel):
     )
     freeze_policy: bool = _field(False, "table 1", "w/o policy optimization: the policy never moves")
     beta: float = _field(0.04, "table 8", "KL penalty to the initial policy", ge=0)
+    max_kl: float = _field(
+        0.0,
+        "ours",
+        "the run ends at the first step whose batch is further from the initial policy, in nats per response: a watch "
+        "on reward hacking that needs no labels; 0: none",
+        ge=0,
+    )
     kl: Literal["algorithm", "loss", "reward"] = _field(
         "algorithm",
         "eq. 5, open",
@@ -388,6 +395,8 @@ class Config(BaseModel):
             raise ValueError(
                 f"algo {self.algo!r} learns from the best response alone: use kl=loss and advantages_over=kept with it"
             )
+        if self.max_kl and (ALGORITHMS[self.algo].best_only or self.freeze_policy):
+            raise ValueError(f"max_kl = {self.max_kl}: algo=raft and freeze_policy=true measure no KL of whole groups")
         if RULES[self.rule].lookahead and self.backend != "ddp":
             raise ValueError(f"rule {self.rule!r} moves weights back and forth: use backend=ddp, not {self.backend!r}")
         if self.reward_shaping == "par" and RULES[self.rule].extra:

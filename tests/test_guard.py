@@ -235,12 +235,24 @@ def test_a_certificate_decides_what_is_returned_not_how_training_goes(base, monk
         verdicts(t, monkeypatch, 2.0, -1.0, 2.0)
         metrics = [save_step(t, step)[0]["reward/mean"] for step in range(1, 7)]
         outcomes.append(metrics)
-        said, at_end = t.guard.finish(), trained(t)
+        said, at_end = t.guard.finish(step=6), trained(t)
         assert "2 block(s) of 2 steps kept, 1 undone" in said
         assert same(at_end, start) == (pairs > 0 and not verdict)
         if pairs:
             assert ("step 6 is certified" if verdict else "no look was conclusive") in said
     assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_a_block_that_the_end_of_a_run_cuts_short_is_undone(base, monkeypatch):
+    t = prepare(make_config(**base))
+    verdicts(t, monkeypatch, 2.0)
+    for step in (1, 2):
+        save_step(t, step)
+    checked = trained(t)
+    save_step(t, 3)
+    assert not same(trained(t), checked)
+    t.guard.finish(step=3)
+    assert same(trained(t), checked)
 
 
 # what is taken from where

@@ -58,6 +58,21 @@ def test_a_run_is_a_folder_of_files(base):
     assert read_metrics(folder).equals(metrics)
 
 
+def test_a_run_ends_where_its_policy_is_too_far_from_the_start(base, capsys):
+    values = base | dict(eval_every=0, checkpoint_every=0)
+    whole = read_metrics(train(make_config(**values, run_id="no-limit")))
+    far = whole["policy/kl_response"]
+    longer = (far / whole["policy/kl"]).loc[2:]  # tokens of a response
+    assert abs(far[1]) < 1e-6 and longer.between(1, base["max_new_tokens"]).all()
+    end = int((far > far[3] / 2).idxmax())
+    assert 1 < end < 6
+    folder = train(make_config(**values, max_kl=far[3] / 2, run_id="limit"))
+    assert read_metrics(folder)["step"].tolist() == list(range(end + 1)) and read_manifest(folder)["status"] == "done"
+    assert read_metrics(folder)["eval/reward"].notna().tolist() == [True] + [False] * (end - 1) + [True]
+    assert f"step {end} is the last: the policy is" in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained(folder / "policy")
+
+
 def test_an_own_reward_model_needs_no_pairs(base):
     folder = train(make_config(**base | dict(preferences="", total_steps=1), run_id="no-pairs"))
     metrics = read_metrics(folder)

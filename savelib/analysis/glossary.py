@@ -47,6 +47,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "process/accuracy": ("responses that PRIME's process reward model puts on the outcome's side", "higher"),
     "policy/loss": ("loss of the policy", ""),
     "policy/kl": ("KL to the initial policy, per token", ""),
+    "policy/kl_response": ("KL to the initial policy, nats per response", ""),
     "policy/grad_norm": ("gradient norm of the policy", ""),
     "policy/kept": ("share of responses kept by the updated reward model", ""),
     "policy/responses": ("responses that the policy learnt from", ""),

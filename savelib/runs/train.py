@@ -63,9 +63,11 @@ def _steps(t: Trainer, log: RunLog | _NoLog, track: Callable[..., None], done: i
     for step in range(max(done, 0) + 1, config.total_steps + 1):
         reset_peak_memory(t.device)
         metrics, samples = save_step(t, step)
-        last = step == config.total_steps
+        far = metrics.get("policy/kl_response", 0.0)
+        too_far = bool(config.max_kl) and far > config.max_kl
+        last = step == config.total_steps or too_far
         if last and t.guard:
-            say(t.guard.finish())
+            say(t.guard.finish(step))
         if last or (config.eval_every and step % config.eval_every == 0):
             metrics |= evaluate(t)
         (metrics["memory/peak_gb"],) = largest(peak_memory(t.device))
@@ -73,6 +75,10 @@ def _steps(t: Trainer, log: RunLog | _NoLog, track: Callable[..., None], done: i
         log.metrics(step, metrics)
         track(metrics, step=step)
         say(log.progress())
+        if too_far:
+            said = f"the policy is {far:.3g} nats per response from its start, more than max_kl = {config.max_kl}"
+            say(f"step {step} is the last: {said}")
+            return
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
             save_checkpoint(t, step, folder)
 

@@ -77,9 +77,14 @@ class Guard:
                 self.certified_at, self.returned = step, self._copy()
         return False
 
-    def finish(self) -> str:
-        """Put the reward model in place that the run returns; one sentence about what happened."""
+    def finish(self, step: int) -> str:
+        """After the last step: put the reward model in place that the run returns; a sentence about what happened.
+
+        A block that the run's end cut short was not checked, and is undone.
+        """
         said = f"guard: {self.accepted} block(s) of {self.config.guard_every} steps kept, {self.undone} undone"
+        if step % self.config.guard_every and step < self.config.total_steps and not self.resting:
+            self._restore(self.confirmed)
         if not self.certificate:
             return said + ("" if self.accepted else "; the reward model is the one at the start")
         self._restore(self.returned)

@@ -193,5 +193,6 @@ def _gradient_step(
         kl += float(((logprobs.detach() - references) * inside).sum())
     with clock.phase("optimizer"):
         norm = engine.step(divisor=weight_all)
-    total, kl = summed(total, kl)
-    return {"policy/loss": total / weight_all, "policy/kl": kl / tokens, "policy/grad_norm": norm}
+    total, kl, responses = summed(total, kl, len(rows))
+    return {"policy/loss": total / weight_all, "policy/kl": kl / tokens, "policy/kl_response": kl / responses,
+            "policy/grad_norm": norm}  # fmt: skip
