@@ -16,6 +16,7 @@ from savelib.plots.formulas import (
     thresholds,
     value_against_reward,
 )
+from savelib.plots.outcomes import changes_by_cell
 from savelib.plots.runs import (
     change_dots,
     intervals,
@@ -30,7 +31,7 @@ from savelib.show.colours import COLOURS, LINES
 
 __all__ = [
     "COLOURS", "LINES", "PAPER", "VERDICTS", "bt_curve", "by_threshold", "calibration", "cell_colours", "change_dots",
-    "course", "epoch_losses", "filtered_groups", "forces_by_share", "intervals", "kept_over_time", "lines",
+    "changes_by_cell",    "course", "epoch_losses", "filtered_groups", "forces_by_share", "intervals", "kept_over_time", "lines",
     "margin_histogram", "metric", "over_worlds", "paired_differences", "push_against_success", "pushes",
     "sample_rewards", "thresholds", "use_style", "value_against_reward", "verdict_dots",
 ]  # fmt: skip
