@@ -30,8 +30,9 @@ from savelib.plots.style import PAPER, use_style
 from savelib.show.colours import COLOURS, LINES
 
 __all__ = [
-    "COLOURS", "LINES", "PAPER", "VERDICTS", "bt_curve", "by_threshold", "calibration", "cell_colours", "change_dots",
-    "changes_by_cell",    "course", "epoch_losses", "filtered_groups", "forces_by_share", "intervals", "kept_over_time", "lines",
-    "margin_histogram", "metric", "over_worlds", "paired_differences", "push_against_success", "pushes",
-    "sample_rewards", "thresholds", "use_style", "value_against_reward", "verdict_dots",
+    "COLOURS", "LINES", "PAPER", "VERDICTS", "bt_curve", "by_threshold", "calibration", "cell_colours",
+    "change_dots", "changes_by_cell", "course", "epoch_losses", "filtered_groups", "forces_by_share", "intervals",
+    "kept_over_time", "lines", "margin_histogram", "metric", "over_worlds", "paired_differences",
+    "push_against_success", "pushes", "sample_rewards", "thresholds", "use_style", "value_against_reward",
+    "verdict_dots",
 ]  # fmt: skip
