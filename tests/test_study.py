@@ -70,6 +70,13 @@ def test_studies_of_the_world_are_tuned_on_other_worlds_than_they_judge(name):
     assert {config.rule for config in configs(name)} <= tuned | {"frozen"}
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "data/results/studies").iterdir()))
+def test_a_shipped_study_is_the_one_of_its_file(name):
+    files = (ROOT / "data/results/studies" / name / "study.yaml", ROOT / "data/studies" / f"{name}.yaml")
+    shipped, ours = ([(job.cell, job.config) for job in jobs_of(read_study(file), [0])] for file in files)
+    assert shipped == ours
+
+
 def test_the_papers_tables_4_to_6_are_its_own_values_in_its_profile():
     of = {path.stem: jobs_of(read_study(path), [0], profile="paper") for path in STUDIES}
     rates = [(j.config.backbone_lr, j.config.reward_head_lr, j.config.value_head_lr) for j in of["table4"]]

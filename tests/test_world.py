@@ -210,7 +210,7 @@ def test_the_pairs_may_come_from_another_policy_than_the_one_that_is_trained():
     config = make_config(start_share=0.8, pairs_share=0.4)
     train, heldout = train_and_heldout_preferences(config)
     assert [p.chosen for p in heldout] == [p["chosen"] for p in heldout_pairs(0, start_share=0.4)]
-    assert [p.chosen for p in train] == [p["chosen"] for p in preference_pairs(0, start_share=0.4)]
+    assert [p.chosen for p in train] == [p["chosen"] for p in preference_pairs(0, start_share=0.4, label_bias=0.8)]
     more = train_and_heldout_preferences(config.model_copy(update={"world_pairs": 60}))[0]
     assert len(train) == 40 and len(more) == 60
     assert policy_source(config) == str(build_policy(0, 0.8))
