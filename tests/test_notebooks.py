@@ -193,6 +193,7 @@ def manifest(runs: Path, run_id: str) -> dict:
         ("08_reproduce_tables", "notebooks"),
         ("09_when_does_it_work", "."),
         ("10_theory", "notebooks"),
+        ("13_remedies", "notebooks"),
         ("14_real_language_model", "."),
     ],
 )

@@ -7,8 +7,11 @@ import statistics
 import pytest
 import torch
 from tiny_models import checkable_prompts, paper_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from savelib.config import ConfigError, make_config
+from savelib.experiments.cells import Study
+from savelib.experiments.remedies_runs import RESPONSES, cost_of_steps, final_kl
 from savelib.method import (
     best_of_group,
     combined_rewards,
@@ -18,10 +21,12 @@ from savelib.method import (
     policy_advantages,
 )
 from savelib.models.compute import seed_everything
-from savelib.models.rollout import completion_logprobs
+from savelib.models.loading import load_policy
+from savelib.models.rollout import completion_logprobs, sample
 from savelib.training.algorithm import prepare, save_step
 from savelib.training.evaluation import evaluate
 from savelib.training.scoring import encode_groups
+from savelib.training.trainer import load_data
 
 
 def sigmoid(x: float) -> float:
@@ -232,3 +237,59 @@ def test_oracle_needs_gold_and_learns_from_it(base, tmp_path):
 def test_what_cannot_be_combined_is_refused(base, values, said):
     with pytest.raises(ConfigError, match=said):
         make_config(**base | values)
+
+
+@pytest.mark.parametrize("values", [
+    dict(reward_shaping="par", par_references=2), dict(rule="metarm", meta_lr=1.0), dict(algo="raft"),
+    dict(ensemble=2, ensemble_reward="uwo", bt_epochs=1, bt_batch_size=2, bt_head_lr=1e-2),
+], ids=["par", "metarm", "raft", "ensemble"])  # fmt: skip
+def test_the_paper_s_architectures_run_each_remedy(qwen3, values):
+    t = prepare(make_config(**qwen3 | values))
+    policy, head = (copy.deepcopy(m.state_dict()) for m in (t.policy, t.reward_model.model.score))
+    metrics, _ = save_step(t, 1)
+    assert t.policy.config.model_type == "qwen3" and t.reward_model.model.config.model_type == "llama"
+    assert math.isfinite(metrics["policy/loss"]) and metrics["policy/responses"] >= 2
+    assert any(not torch.equal(policy[name], now) for name, now in t.policy.state_dict().items())
+    moved = not torch.equal(head["weight"], t.reward_model.model.score.weight)
+    assert moved == (values.get("rule") == "metarm"), "the others leave the reward model as it is"
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    return paper_run(tmp_path_factory.mktemp("qwen3"), "qwen3") | dict(
+        anchor_prompts=2, total_steps=4, batch_size=2, precision="float32", gradient_checkpointing=False,
+        reward_head_lr=1e-2, policy_lr=1e-3, tracker="none", rule="frozen",
+    )  # fmt: skip
+
+
+def test_final_kl_is_that_of_all_fresh_responses(qwen3, tmp_path):
+    """Against transformers alone: a response's sum of log pi - log pi_init at the paper's temperature, their mean."""
+    run, config = tmp_path / "run", make_config(**qwen3 | dict(max_new_tokens=5, run_id="run"))
+    model = AutoModelForCausalLM.from_pretrained(config.policy_model)
+    initial = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.2 * torch.randn(model.lm_head.weight.shape, generator=torch.manual_seed(0)))
+    model.save_pretrained(run / "policy")
+    AutoTokenizer.from_pretrained(config.policy_model).save_pretrained(run / "policy")
+    (run / "config.yaml").write_text(config.to_yaml())
+    found = final_kl(run)
+
+    policy, tokenizer = load_policy(str(run / "policy"), torch.device("cpu"))
+    seed_everything("final_kl", config.seed)
+    rollout = sample(policy, tokenizer, load_data(config).heldout_prompts[: config.eval_prompts], RESPONSES, config)
+    each = []
+    for b, row in enumerate(rollout.completion_ids):
+        prompt = rollout.prompt_ids[b, -rollout.prompt_lengths[b] :]
+        for ids, n in zip(row, rollout.completion_lengths[b].tolist(), strict=True):
+            whole = torch.cat([prompt, ids[:n]])[None]
+            logits = [(m(whole).logits[0, -n - 1 : -1] / 0.7).log_softmax(-1) for m in (model, initial)]
+            each.append(sum((logits[0] - logits[1])[i, ids[i]].item() for i in range(n)))
+    assert found["kl"] == pytest.approx(statistics.mean(each), rel=1e-3) and found["kl"] > 0.1
+    assert found["standard_error"] == pytest.approx(statistics.stdev(each) / len(each) ** 0.5, rel=1e-3)
+
+
+def test_cells_take_turns_where_cost_is_measured(qwen3):
+    cells = [{"name": "frozen"}, {"name": "PAR", "set": {"reward_shaping": "par", "par_references": 8}}]
+    table = cost_of_steps(Study(title="made", reference="frozen", common=qwen3, cells=cells), steps=3)
+    assert table["cell"].tolist() == ["frozen", "PAR"] * 3 and table["step"].tolist() == [1, 1, 2, 2, 3, 3]
+    assert (table["seconds"] > 0).all()

@@ -25,14 +25,23 @@ from savelib.plots.runs import (
     push_against_success,
     sample_rewards,
 )
-from savelib.plots.studies import VERDICTS, cell_colours, course, over_worlds, paired_differences, verdict_dots
-from savelib.plots.style import PAPER, use_style
+from savelib.plots.studies import (
+    VERDICTS,
+    cell_colours,
+    course,
+    gold_against_kl,
+    over_worlds,
+    paired_differences,
+    remedy_looks,
+    verdict_dots,
+)
+from savelib.plots.style import PAPER, nothing_to_show, use_style
 from savelib.show.colours import COLOURS, LINES
 
 __all__ = [
     "COLOURS", "LINES", "PAPER", "VERDICTS", "bt_curve", "by_threshold", "calibration", "cell_colours",
-    "change_dots", "changes_by_cell", "course", "epoch_losses", "filtered_groups", "forces_by_share", "intervals",
-    "kept_over_time", "lines", "margin_histogram", "metric", "over_worlds", "paired_differences",
-    "push_against_success", "pushes", "sample_rewards", "thresholds", "use_style", "value_against_reward",
-    "verdict_dots",
+    "change_dots", "changes_by_cell", "course", "epoch_losses", "filtered_groups", "forces_by_share",
+    "gold_against_kl", "intervals", "kept_over_time", "lines", "margin_histogram", "metric", "nothing_to_show",
+    "over_worlds", "paired_differences", "push_against_success", "pushes", "remedy_looks", "sample_rewards",
+    "thresholds", "use_style", "value_against_reward", "verdict_dots",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 
@@ -103,3 +104,34 @@ def over_worlds(
         ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colours[cell], alpha=0.12, linewidth=0)
     ax.set(xlabel="step", ylabel=better(measure), title=in_title(measure, 30))
     return ax if drawn else nothing_to_show(ax)
+
+
+def gold_against_kl(curves: pd.DataFrame, looks: dict[str, dict[str, object]], ax: plt.Axes | None = None) -> plt.Axes:
+    """Gold against KL to the initial policy, one curve per cell from the start to its end (dot), x as the root.
+
+    curves: cell, kl (nats), gold (percent), in the order of the steps. looks: cell -> how its line is drawn.
+    """
+    ax = ax or plt.gca()
+    for cell, look in looks.items():
+        of = curves[curves["cell"] == cell]
+        ax.plot(of["kl"], of["gold"], **look, label=cell)
+        ax.plot(of["kl"].iloc[-1:], of["gold"].iloc[-1:], "o", color=look["color"], markersize=5)
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    most = curves["kl"].max()
+    ticks = [t for t in (0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if most / 60 < t < most]
+    ax.set(xlim=(0, 1.03 * most), xticks=[0, *ticks], xlabel="KL to the initial policy, nats a response")
+    ax.set_xticklabels([f"{t:g}" for t in (0, *ticks)])
+    ax.set_ylabel("gold of the batch, %\n(higher is better)")
+    return ax
+
+
+def remedy_looks(remedies: dict[str, str]) -> dict[str, dict[str, object]]:
+    """cell -> colour of its remedy, dashed where the reward model stays as it is; a remedy's second cell is paler."""
+    looks, seen = {}, set()
+    for cell, remedy in remedies.items():
+        still = remedy in ("frozen", "par", "raft") or remedy.startswith("ensemble")
+        width = 3.2 if remedy == "frozen" else 1.8
+        look = {"color": COLOURS[remedy], "linestyle": (0, (4, 1.5)) if still else "-", "linewidth": width}
+        looks[cell] = look | {"alpha": 0.5 if remedy in seen else 1.0}
+        seen.add(remedy)
+    return looks

@@ -36,7 +36,7 @@ def plain(texts: list[str]) -> list[str]:
     return [" ".join(visible(text).split()).replace("$", r"\$") for text in texts]
 
 
-def nothing_to_show(ax: plt.Axes) -> plt.Axes:
-    ax.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=ax.transAxes, color="0.5")
+def nothing_to_show(ax: plt.Axes, why: str = "not measured in this run") -> plt.Axes:
+    ax.text(0.5, 0.5, why, ha="center", va="center", transform=ax.transAxes, color="0.5")
     ax.set(xticks=[], yticks=[])
     return ax
