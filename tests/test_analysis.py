@@ -88,12 +88,16 @@ def test_newest_run_is_the_one_that_finished_last_and_was_not_cut(tmp_path):
         ({"reward/mean": [0.0, 0.4, -0.4]}, []),
         (
             {"force/push": [0.6, 0.6], "force/pull": [0.1, 0.1], "gold/success_rate": [0.3, 0.8]},
-            ["1 step(s) from 2 to 2"],
+            ["1 step(s) from 2 to 2", "recommended: rule=save_checked"],
         ),
         ({"force/push": [0.6, 0.6], "force/pull": [0.1, 0.1], "gold/success_rate": [0.3, 0.4]}, []),
         ({"force/push": [0.6] * 20, "force/pull": [0.1] * 20, "gold/success_rate": [0.4] * 18 + [0.6] * 2}, []),
         ({"force/push": [0.1, 0.1], "force/pull": [0.6, 0.6], "gold/success_rate": [0.8, 0.8]}, []),
-        ({"force/push": [0.4] * 2 + [0.9] * 4, "force/pull": [0.1] * 6}, ["net force: A - D is -0.30"]),
+        ({"force/push": [0.4] * 2 + [0.9] * 4, "force/pull": [0.1] * 6}, ["net force: A - D is -0.30", "recommended"]),
+        (
+            {"reward/mean": [0.0, -2.0], "force/push": [0.6] * 2, "force/pull": [0.1] * 2, "guard/accepted": [0, 1]},
+            ["drift"],
+        ),
         (dict.fromkeys(("force/push", "gold/success_rate", "rm/mirrored"), [0.9] * 6) | {"force/pull": [0.8] * 6}, []),
         ({"force/push": [0.5] * 2 + [0.1] * 4, "force/pull": [0.1] * 6}, []),
         ({"gold/pseudo_label_accuracy": [0.8, 0.3]}, ["30%"]),

@@ -15,6 +15,8 @@ LAG = (
 
 WEAK_PUSH = -0.37  # A - D of a run's first third: above it SAVE may harm; from development runs, notebook 09 (b)
 
+CHECKED = "recommended: rule=save_checked, which undoes blocks of steps that do not improve held-out pairs"
+
 
 def warnings(metrics: pd.DataFrame) -> list[str]:
     """Sentences on what went wrong, or may: label-free signs first, then those that need gold.
@@ -30,8 +32,7 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
     if net > WEAK_PUSH and always_down:
         said.append(
             f"net force: A - D is {net:.2f} over the first third, above {WEAK_PUSH}: few responses are pushed down, "
-            "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs, "
-            "or run rule=save_checked"
+            "as where most of them are right, and there the paper's loss harms the reward model; watch held-out pairs"
         )
     lag = metrics["value/lag"].mean() if has(metrics, "value/lag") else 0.0
     if lag > LAG:
@@ -56,6 +57,8 @@ def warnings(metrics: pd.DataFrame) -> list[str]:
         best, last = metrics["eval/gold"].max(), metrics["eval/gold"].dropna().iloc[-1]
         if last < best / 2:
             said.append(f"the policy's gold fell from {best:.3f} to {last:.3f}; look at the samples of the last step")
+    if said and has(metrics, "force/push") and not has(metrics, "guard/accepted"):
+        said.append(CHECKED)
     return said
 
 
