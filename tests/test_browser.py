@@ -3,9 +3,11 @@
 They need playwright (`pip install playwright`, without its own browsers) and Chromium on PATH.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")]
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+LONG = 600_000  # milliseconds to wait for what is known to come: the machine may be busy
 RUN = """from savelib.config import make_config
 from savelib.runs.launch import launch
 launch(make_config(run_id="{}", total_steps={}, eval_every=2, eval_prompts=16, tracker="none"))"""
@@ -69,63 +72,104 @@ def test_without_scripts_there_is_a_still_picture(browser, figure):
     assert page.locator("img").is_visible() and not page.locator("input").is_visible()
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """The address of a JupyterLab in tmp_path, and its folder of runs."""
-    for name, steps in (("whole", 8), ("cut", 400)):
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab in a folder with notebooks of one run each, and its folder of runs."""
+    place = tmp_path_factory.mktemp("lab")
+    for name, steps in (("whole", 40), ("stopped", 4000), ("killed", 4000)):
         notebook = new_notebook(cells=[new_code_cell(RUN.format(name, steps))], metadata={"kernelspec": KERNEL})
-        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    env = os.environ | {"SAVE_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
-    env |= {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data")}
-    words = ["--no-browser", "--allow-root", "--port=0", "--ip=127.0.0.1", f"--notebook-dir={tmp_path}"]
-    with open(tmp_path / "lab.log", "w+") as log:
+        nbformat.write(notebook, place / f"{name}.ipynb")
+    env = os.environ | {"SAVE_RUNS": str(place / "runs"), "PYTHONPATH": str(ROOT)}
+    env |= {"JUPYTER_CONFIG_DIR": str(place / "config"), "JUPYTER_DATA_DIR": str(place / "data")}
+    words = ["--no-browser", "--allow-root", "--port=0", "--ip=127.0.0.1", f"--notebook-dir={place}"]
+    with open(place / "lab.log", "w+") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], env=env, stdout=log, stderr=log)
         try:
-            for _ in range(240):
-                found = re.search(r"http://127\.0\.0\.1:\d+/lab\?token=\w+", (tmp_path / "lab.log").read_text())
-                if found:
-                    break
-                time.sleep(0.5)
-            yield found[0], tmp_path / "runs"
+            yield wait_for(lambda: address_in((place / "lab.log").read_text()), server), place / "runs"
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(60)
 
 
-def run_first_cell(browser, address: str, name: str):
+def address_in(log: str) -> str | None:
+    found = re.search(r"http://127\.0\.0\.1:\d+/lab\?token=\w+", log)
+    return found and found[0]
+
+
+def wait_for(what, process=None):
+    """What a function returns as soon as it is true; fails after LONG, or when the process has ended."""
+    until = time.monotonic() + LONG / 1000
+    while not (found := what()):
+        assert time.monotonic() < until and (process is None or process.poll() is None), "it never came"
+        time.sleep(0.2)
+    return found
+
+
+PICTURES = """() => {
+  window.pictures = [];  // what each drawing of the run said, in order
+  const look = () => document.querySelectorAll(".jp-OutputArea-output img").forEach(image => {
+    if (window.pictures.at(-1) !== image.alt) window.pictures.push(image.alt);
+  });
+  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
+
+
+@pytest.fixture
+def first_cell(browser, lab):
+    """Runs the first cell of a notebook in JupyterLab; gives the page, whose `pictures` are what has been drawn."""
     page = browser.new_page()
-    page.goto(address.replace("/lab?", f"/lab/tree/{name}.ipynb?"))
-    page.locator(".jp-CodeCell .cm-content").first.click(timeout=120_000)
-    page.locator("[data-status=idle]").first.wait_for(timeout=120_000)
-    page.keyboard.press("Control+Enter")
-    return page
+    page.set_default_timeout(LONG)
 
+    def run(name: str):
+        page.goto(lab[0].replace("/lab?", f"/lab/tree/{name}.ipynb?"))
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.locator("[data-status=idle]").first.wait_for()
+        page.evaluate(PICTURES)
+        page.keyboard.press("Control+Enter")
+        return page
 
-def alt(picture) -> str:
-    return picture.get_attribute("alt", timeout=240_000)
-
-
-def test_jupyterlab_redraws_the_run_in_place_and_keeps_the_last_picture(browser, lab):
-    address, runs = lab
-    page = run_first_cell(browser, address, "whole")
-    picture = page.locator(".jp-OutputArea-output img")
-    first = alt(picture)
-    page.locator("img[alt*='step 8/8']").wait_for(timeout=240_000)
-    assert first != alt(picture) and picture.count() == 1
-    assert picture.evaluate("e => e.naturalWidth") > 500
-    assert read_manifest(runs / "whole")["status"] == "done"
+    yield run
     page.close()
 
-    page = run_first_cell(browser, address, "cut")
+
+def last_step(page) -> int:
+    """The step of the only picture that is shown."""
     picture = page.locator(".jp-OutputArea-output img")
-    alt(picture)
-    page.locator("img[alt*='step 3/400'], img[alt*='step 4/400'], img[alt*='step 5/400']").first.wait_for(
-        timeout=240_000
-    )
-    page.keyboard.press("Escape")
-    page.keyboard.press("i")
-    page.keyboard.press("i")
-    page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").wait_for(timeout=60_000)
-    assert picture.count() == 1
-    last = read_metrics(runs / "cut")["step"].max()
-    assert f"step {last}/400" in alt(picture)
+    assert picture.count() == 1 and picture.evaluate("e => e.naturalWidth") > 500
+    return int(re.search(r"step (\d+)/", picture.get_attribute("alt"))[1])
+
+
+def drawn_after_a_few_steps(page) -> None:
+    page.wait_for_function("window.pictures.some(said => /step ([3-9]|\\d\\d+)\\//.test(said))", timeout=LONG)
+
+
+def test_jupyterlab_redraws_the_run_in_place(first_cell, lab):
+    page = first_cell("whole")
+    page.locator("img[alt*='step 40/40']").wait_for()
+    assert last_step(page) == 40 and len(set(page.evaluate("window.pictures"))) > 1
+    wait_for(lambda: read_manifest(lab[1] / "whole")["status"] == "done")
+
+
+def test_a_stopped_run_keeps_its_last_picture(first_cell, lab):
+    page = first_cell("stopped")
+    drawn_after_a_few_steps(page)
+    trace = page.locator(".jp-OutputArea-output[data-mime-type*=stderr]")
+    while not trace.count():  # a busy browser may lose a key
+        page.keyboard.press("Escape")
+        page.keyboard.press("i")
+        page.keyboard.press("i")
+        with contextlib.suppress(Exception):
+            trace.wait_for(timeout=20_000)
+    assert "KeyboardInterrupt" in trace.text_content() and read_manifest(lab[1] / "stopped")["status"] == "stopped"
+    assert 3 <= last_step(page) == read_metrics(lab[1] / "stopped")["step"].max() < 4000
+
+
+def test_a_run_that_fails_keeps_its_last_picture(first_cell, lab):
+    page, lock = first_cell("killed"), lab[1] / "killed" / ".lock"  # which the training process holds open
+    drawn_after_a_few_steps(page)
+    (held,) = [fd for fd in Path("/proc").glob("[0-9]*/fd/*") if fd.is_symlink() and os.path.realpath(fd) == str(lock)]
+    os.kill(int(held.parts[2]), signal.SIGKILL)
+    trace = page.locator(".jp-OutputArea-output[data-mime-type*=stderr]")
+    trace.wait_for()
+    assert "RunFailed" in trace.text_content() and "SIGKILL" in trace.text_content()
+    assert 3 <= last_step(page) == read_metrics(lab[1] / "killed")["step"].max() < 4000

@@ -10,6 +10,7 @@ import pandas as pd
 from IPython.display import HTML
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
+from pygments.lexer import Lexer
 from pygments.lexers import PythonLexer
 
 from savelib.show.text import escaped
@@ -42,9 +43,13 @@ def listing(thing: Callable, open: bool = False) -> HTML:
     thing = inspect.unwrap(thing)  # a decorated function is in its own file
     file = Path(inspect.getsourcefile(thing)).resolve()
     place = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
-    # colours in the tags: a page's or a front end's style sheet is not needed
-    code = highlight(inspect.getsource(thing), PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True))
-    return folded(f"{thing.__name__}, from {place}", HTML(f'<div style="overflow-x:auto">{code}</div>'), open=open)
+    return folded(f"{thing.__name__}, from {place}", coloured(inspect.getsource(thing), PythonLexer()), open=open)
+
+
+def coloured(code: str, lexer: Lexer) -> HTML:
+    """Code with its colours in the tags: a page's or a front end's style sheet is not needed."""
+    lines = highlight(code, lexer, HtmlFormatter(noclasses=True, nobackground=True))
+    return HTML(f'<div style="overflow-x:auto">{lines}</div>')
 
 
 def _text(value: object) -> object:
