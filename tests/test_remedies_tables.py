@@ -91,14 +91,30 @@ def test_what_is_taken_and_avoided_follows_from_the_runs(runs):
     assert remedies.counts(found).loc["A"].tolist() == ["better in 1", "", "better in 1"]
     assert remedies.counts(found).loc["C"].tolist() == ["worse in 1", "", ""]
     row = remedies.decisions(STUDY, runs, found).loc["x=1"]
-    assert row["take"] == "A (held-out pairs, gold), B (gold)"
-    assert row["not told apart from the first in gold"] == "B"
-    assert row["avoid"] == "C (worse in held-out pairs, 4 more runs harmed, 1 more run collapsed)"
+    assert row.tolist() == ["A: pairs, gold; B: gold", "B", "C: worse in pairs, 4 more harmed"]
+    fallen = runs.assign(collapsed=runs["cell"].isin(["A", "RAFT"]) & (runs["world"] < 2))
+    row = remedies.decisions(STUDY, fallen, found).loc["x=1"]
+    assert row.tolist() == [
+        "B: gold",
+        "",
+        "A: 2 more collapsed; C: worse in pairs, 4 more harmed; RAFT: 2 more collapsed",
+    ]
     ranked = remedies.ranking(STUDY, runs, found)
     assert ranked.loc[("x=1", "gold")].tolist() == ["A (+10.5), B (+9.5)", "B", "none"]
     nothing = runs[runs["cell"].isin(["frozen", "RAFT"])]
     row = remedies.decisions(STUDY, nothing, remedies.judged(STUDY, nothing)).loc["x=1"]
     assert row.tolist() == ["frozen: nothing is resolved better without harm", "", "none"]
+
+
+def test_the_headline_follows_from_the_runs(runs):
+    said = remedies.headline(STUDY, runs, remedies.judged(STUDY, runs))
+    assert said[0] == "Gold at the end, resolved better than frozen in how many of 1 settings: A 1, B 1; worse: none."
+    assert said[1:3] == [
+        "Runs whose reward model lost more than 2 points, of 4: C 4.",
+        "Runs that collapsed, of 4: C 1.",
+    ]
+    nats = (np.mean([90, 96, 99, 99]) - 40) / 0.6
+    assert said[3].startswith(f"Most gold per nat of KL, in points: ceiling {nats:.0f}, A 47, B 45; frozen 29")
 
 
 def test_the_shown_table_has_levels_of_the_reference_and_differences_of_the_others(runs):
@@ -149,6 +165,14 @@ def test_each_remedy_has_a_colour_of_its_own(name):
         "raft",
         "ensemble_uwo",
     }
+
+
+def test_the_verdict_is_shown_where_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(remedies, "resolve", lambda name: str(tmp_path / name))
+    assert remedies.default_folders() == ["data/results/studies/remedies_development"]
+    for name in ("remedies_long", "remedies"):
+        (tmp_path / "data/results/studies" / name).mkdir(parents=True)
+    assert remedies.default_folders() == ["data/results/studies/remedies", "data/results/studies/remedies_long"]
 
 
 def test_shipped_files_are_read_and_two_lengths_are_two_settings():

@@ -25,7 +25,9 @@ DEVELOPMENT = "remedies_development"  # shown where neither is there
 RUN = ["setting", "cell", "world", "seed"]
 MEASURES = ("held-out pairs", "current responses", "gold", "best gold", "KL", "gold per nat")
 JUDGED = ("held-out pairs", "current responses", "gold")  # what decides which remedy is taken
+SHORT = {"held-out pairs": "pairs", "current responses": "responses"}
 HARMED, COLLAPSED = 2.0, 10.0  # points of held-out pairs lost; percent of gold at the end
+MORE = 2  # runs harmed or collapsed beyond the reference's from which on a remedy is one to avoid
 
 
 def default_folders() -> list[str]:
@@ -59,7 +61,10 @@ def read(folders: Iterable[str]) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
             part["setting"] = [", ".join(filter(None, (setting, steps))) for setting in part["setting"]]
     seconds = pd.concat(costs).groupby("cell")["seconds"].mean()
     ratio = (seconds / seconds.get(studies[0].reference, math.nan)).rename("ratio").reset_index()
-    return studies[0], pd.concat(parts, ignore_index=True), ratio
+    together = pd.concat(parts).sort_values(
+        "setting", key=lambda s: s.str.replace(r"(, )?T=\d+$", "", regex=True), kind="stable"
+    )
+    return studies[0], together.reset_index(drop=True), ratio
 
 
 def _table(file: Path, columns: list[str]) -> pd.DataFrame:
@@ -175,6 +180,38 @@ def judged(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(sign=found["resolved"] * found["difference"].map(lambda d: 1 if d > 0 else -1))
 
 
+def headline(study: Study, table: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+    """The answer in four sentences: who is better in gold, who harms, who collapses, who buys most gold per nat."""
+    sign, size = found["sign"].xs("gold", level="measure").groupby("cell", sort=False), table["setting"].nunique()
+    better, worse = (sign.agg(f).loc[lambda n: n > 0].sort_values(ascending=False) for f in (_ups, _downs))
+    said = [
+        f"Gold at the end, resolved better than {study.reference} in how many of {size} settings: {_numbered(better)}; "
+        f"worse: {_numbered(worse)}."
+    ]
+    by_cell = table.groupby("cell", sort=False)
+    for word, what in (
+        ("harmed", f"whose reward model lost more than {HARMED:g} points"),
+        ("collapsed", "that collapsed"),
+    ):
+        lost = by_cell[word].sum().loc[lambda n: n > 0].sort_values(ascending=False)
+        said.append(f"Runs {what}, of {by_cell.size().max()}: {_numbered(lost)}.")
+    nats = by_cell["gold per nat"].mean().sort_values(ascending=False)
+    listed = ", ".join(f"{cell} {value:.0f}" for cell, value in nats.head(3).items())
+    return [*said, f"Most gold per nat of KL, in points: {listed}; {study.reference} {nats[study.reference]:.0f}."]
+
+
+def _ups(signs: pd.Series) -> int:
+    return int((signs > 0).sum())
+
+
+def _downs(signs: pd.Series) -> int:
+    return int((signs < 0).sum())
+
+
+def _numbered(numbers: pd.Series) -> str:
+    return ", ".join(f"{cell} {n}" for cell, n in numbers.items()) or "none"
+
+
 def counts(found: pd.DataFrame) -> pd.DataFrame:
     """By cell and measure: in how many settings it is resolved better and worse than the reference; empty: in none."""
     text = found["sign"].groupby(["cell", "measure"], sort=False).agg(_counted)
@@ -182,7 +219,7 @@ def counts(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _counted(signs: pd.Series) -> str:
-    sides = {"better": (signs > 0).sum(), "worse": (signs < 0).sum()}
+    sides = {"better": _ups(signs), "worse": _downs(signs)}
     return ", ".join(f"{word} in {n}" for word, n in sides.items() if n)
 
 
@@ -223,26 +260,25 @@ def decisions(study: Study, table: pd.DataFrame, found: pd.DataFrame) -> pd.Data
     """By setting: which remedies the data let one take, and which to avoid.
 
     take: resolved better than the reference in a measure of `JUDGED`, worse in none, no run harmed or collapsed; those
-    that are better in most measures first, then by gold. avoid: worse in one, or a run harmed or collapsed where the
-    reference has fewer.
+    that are better in most measures first, then by gold. avoid: worse in one, or `MORE` runs more than with the
+    reference harmed or collapsed.
     """
     lost = table.groupby(["setting", "cell"])[["harmed", "collapsed"]].sum()
     rows = {}
     for setting, of in found.groupby("setting", sort=False):
-        signs = of["sign"].droplevel("setting").unstack("measure")[list(JUDGED)]
-        gold = of["difference"].xs((JUDGED[-1], setting), level=["measure", "setting"])
-        more = lost.loc[setting].reindex(signs.index) - lost.loc[(setting, study.reference)]
-        bad = (signs < 0).any(axis=1) | (more > 0).any(axis=1)
-        good = ~bad & (signs > 0).any(axis=1) & (lost.loc[setting].reindex(signs.index) == 0).all(axis=1)
-        order = pd.DataFrame({"better": (signs > 0).sum(axis=1), "gold": gold}).sort_values(
-            ["better", "gold"], ascending=False
-        )
-        take = [cell for cell in order.index if good[cell]]
+        signs = of["sign"].droplevel("setting").unstack("measure")[list(JUDGED)].rename(columns=SHORT)
+        gold = of["difference"].xs(("gold", setting), level=["measure", "setting"])
+        mine = lost.loc[setting].reindex(signs.index)
+        more = mine - lost.loc[(setting, study.reference)]
+        good = (signs > 0).any(axis=1) & (signs >= 0).all(axis=1) & (mine == 0).all(axis=1)
+        bad = (signs < 0).any(axis=1) | (more >= MORE).any(axis=1)
+        order = pd.DataFrame({"better": (signs > 0).sum(axis=1), "gold": gold})[good]
+        take = list(order.sort_values(["better", "gold"], ascending=False).index)
         rows[setting] = {
-            "take": ", ".join(f"{cell} ({_names(signs.loc[cell] > 0)})" for cell in take)
+            "take": "; ".join(f"{cell}: {_names(signs.loc[cell] > 0)}" for cell in take)
             or f"{study.reference}: nothing is resolved better without harm",
-            "not told apart from the first in gold": ", ".join(_tied(table, JUDGED[-1], setting, take)),
-            "avoid": ", ".join(f"{cell} ({_faults(signs.loc[cell], more.loc[cell])})" for cell in signs.index[bad])
+            "as good in gold as the first": ", ".join(_tied(table, "gold", setting, take)),
+            "avoid": "; ".join(f"{cell}: {_faults(signs.loc[cell], more.loc[cell])}" for cell in signs.index[bad])
             or "none",
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("setting")
@@ -253,8 +289,8 @@ def _names(which: pd.Series) -> str:
 
 
 def _faults(signs: pd.Series, more: pd.Series) -> str:
-    lost = [f"{n:.0f} more {'run' if n == 1 else 'runs'} {word}" for word, n in more.items() if n > 0]
-    return ", ".join(filter(None, (f"worse in {_names(signs < 0)}" if (signs < 0).any() else "", *lost)))
+    worse = f"worse in {_names(signs < 0)}" if (signs < 0).any() else ""
+    return ", ".join(filter(None, (worse, *(f"{n} more {word}" for word, n in more.items() if n >= MORE))))
 
 
 def shown(study: Study, table: pd.DataFrame, cost: pd.DataFrame, setting: str | None = None) -> pd.DataFrame:
