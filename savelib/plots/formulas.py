@@ -245,8 +245,9 @@ def by_threshold(
     ax.set(xlabel="threshold mu (to the right: fewer are kept)", title=title)
     if not there:
         return nothing_to_show(ax)
-    ax.axvline(0.75, **PAPER)
-    style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": "small", "color": "0.4"}
-    ax.annotate("a run with m0 = 0.5 starts here", (0.75, 0.02), (4, 0), **style)
+    if table["threshold"].max() > 0.75:
+        ax.axvline(0.75, **PAPER)
+        style = {"textcoords": "offset points", "fontsize": "small", "color": "0.4"}
+        ax.annotate("a run with m0 = 0.5 starts here", (0.75, 0.02), (4, 0), ("data", "axes fraction"), **style)
     name_ends(ax, ends)
     return ax
