@@ -108,21 +108,21 @@ def test_what_is_taken_and_avoided_follows_from_the_runs(runs):
 
 def test_the_headline_follows_from_the_runs(runs):
     said = remedies.headline(STUDY, runs, remedies.judged(STUDY, runs))
-    assert said[0] == "Gold at the end, resolved better than frozen in how many of 1 settings: A 1, B 1; worse: none."
+    assert said[0] == "Gold at the end, resolved better than frozen in how many of 1 settings: A: 1, B: 1; worse: none."
     assert said[1:3] == [
-        "Runs whose reward model lost more than 2 points, of 4: C 4.",
-        "Runs that collapsed, of 4: C 1.",
+        "Runs whose reward model lost more than 2 points, of 4: C: 4.",
+        "Runs that collapsed, of 4: C: 1.",
     ]
     nats = (np.mean([90, 96, 99, 99]) - 40) / 0.6
-    assert said[3].startswith(f"Most gold per nat of KL, in points: ceiling {nats:.0f}, A 47, B 45; frozen 29")
+    assert said[3].startswith(f"Most gold per nat of KL, in points: ceiling: {nats:.0f}, A: 47, B: 45; frozen: 29")
 
 
 def test_the_shown_table_has_levels_of_the_reference_and_differences_of_the_others(runs):
     cost = pd.DataFrame({"cell": ["frozen", "A"], "ratio": [1.0, 1.25]})
     table = remedies.shown(STUDY, runs, cost, "x=1")
-    assert table.loc["frozen", ["held-out pairs", "gold", "step"]].tolist() == ["70.0", "57.5", "1.00"]
-    assert table.loc["A", "gold"] == "+10.5 (9.6 to 11.4) *" and table.loc["A", "step"] == "1.25"
-    assert table.loc["RAFT", ["gold", "KL", "harmed", "step"]].tolist() == [
+    assert table.loc["frozen", ["held-out pairs", "gold", "step / GRPO's"]].tolist() == ["70.0", "57.5", "1.00"]
+    assert table.loc["A", "gold"] == "+10.5 (9.6 to 11.4) *" and table.loc["A", "step / GRPO's"] == "1.25"
+    assert table.loc["RAFT", ["gold", "KL", "harmed", "step / GRPO's"]].tolist() == [
         "same",
         "not measured",
         "0 of 4",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 import typer
 
+from savelib.errors import sentence
 from savelib.experiments.cells import Study, jobs_of, read_study
 from savelib.models.compute import seed_everything
 from savelib.models.loading import load_policy, policy_source
@@ -86,4 +88,9 @@ def main(folder: Annotated[Path, typer.Argument(help="a study's folder; its runs
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except Exception as error:
+        if said := sentence(error):
+            sys.exit(said)
+        raise

@@ -196,8 +196,8 @@ def headline(study: Study, table: pd.DataFrame, found: pd.DataFrame) -> list[str
         lost = by_cell[word].sum().loc[lambda n: n > 0].sort_values(ascending=False)
         said.append(f"Runs {what}, of {by_cell.size().max()}: {_numbered(lost)}.")
     nats = by_cell["gold per nat"].mean().sort_values(ascending=False)
-    listed = ", ".join(f"{cell} {value:.0f}" for cell, value in nats.head(3).items())
-    return [*said, f"Most gold per nat of KL, in points: {listed}; {study.reference} {nats[study.reference]:.0f}."]
+    best = _numbered(nats.head(3).map("{:.0f}".format))
+    return [*said, f"Most gold per nat of KL, in points: {best}; {study.reference}: {nats[study.reference]:.0f}."]
 
 
 def _ups(signs: pd.Series) -> int:
@@ -209,7 +209,7 @@ def _downs(signs: pd.Series) -> int:
 
 
 def _numbered(numbers: pd.Series) -> str:
-    return ", ".join(f"{cell} {n}" for cell, n in numbers.items()) or "none"
+    return ", ".join(f"{cell}: {n}" for cell, n in numbers.items()) or "none"
 
 
 def counts(found: pd.DataFrame) -> pd.DataFrame:
@@ -277,7 +277,7 @@ def decisions(study: Study, table: pd.DataFrame, found: pd.DataFrame) -> pd.Data
         rows[setting] = {
             "take": "; ".join(f"{cell}: {_names(signs.loc[cell] > 0)}" for cell in take)
             or f"{study.reference}: nothing is resolved better without harm",
-            "as good in gold as the first": ", ".join(_tied(table, "gold", setting, take)),
+            "not told apart from the first in gold": ", ".join(_tied(table, "gold", setting, take)),
             "avoid": "; ".join(f"{cell}: {_faults(signs.loc[cell], more.loc[cell])}" for cell in signs.index[bad])
             or "none",
         }
@@ -303,17 +303,18 @@ def shown(study: Study, table: pd.DataFrame, cost: pd.DataFrame, setting: str | 
     result = pd.DataFrame(index=pd.Index(of["cell"].unique(), name=""))
     for measure in MEASURES:
         rows = against(of, measure, study.reference, ["cell"])
-        result[measure] = [_text(row) for row in rows.itertuples()]
+        result[measure] = [_text(row, 2 if measure == "KL" else 1) for row in rows.itertuples()]
     for word in ("harmed", "collapsed"):
         result[word] = [f"{n} of {size}" for n, size in zip(by_cell[word].sum(), by_cell.size(), strict=True)]
-    result["step"] = [f"{ratios[cell]:.2f}" if cell in ratios else "not measured" for cell in result.index]
+    result["step / GRPO's"] = [f"{ratios[cell]:.2f}" if cell in ratios else "not measured" for cell in result.index]
     return result
 
 
-def _text(row: Any) -> str:
+def _text(row: Any, decimals: int) -> str:
     """+12.3 (2.1 to 22.5) *, the star where it is resolved; the mean where there is no difference."""
     if math.isnan(row.difference):
-        return "not measured" if math.isnan(row.mean) else f"{row.mean:.1f}"
+        return "not measured" if math.isnan(row.mean) else f"{row.mean:.{decimals}f}"
     if math.isnan(row.low):
-        return "same" if row.difference == 0 else f"{row.difference:+.1f}"
-    return f"{row.difference:+.1f} ({row.low:.1f} to {row.high:.1f})" + " *" * bool(row.resolved)
+        return "same" if row.difference == 0 else f"{row.difference:+.{decimals}f}"
+    interval = f"({row.low:.{decimals}f} to {row.high:.{decimals}f})"
+    return f"{row.difference:+.{decimals}f} {interval}" + " *" * bool(row.resolved)
