@@ -121,7 +121,7 @@ def first_cell(browser, lab):
     page.set_default_timeout(LONG)
 
     def run(name: str):
-        page.goto(lab[0].replace("/lab?", f"/lab/tree/{name}.ipynb?"))
+        page.goto(lab[0].replace("/lab?", f"/lab/workspaces/{name}/tree/{name}.ipynb?"))
         page.locator(".jp-CodeCell .cm-content").first.click()
         page.locator("[data-status=idle]").first.wait_for()
         page.evaluate(PICTURES)
