@@ -171,7 +171,8 @@ class Config(BaseModel):
     label_bias: float = _field(
         0.0,
         "ours",
-        "embedded world: share of its preference labels that follow the number of `really` instead of quality",
+        "embedded world: share of its preference labels that go to the polite response (`, friend`), right or wrong, "
+        "where one of the two is polite",
         stage=1,
         ge=0,
         le=1,
@@ -447,13 +448,13 @@ _ONE = dict(num_processes=1, backend="ddp")
 _SMALL = _ONE | dict(checkpoint_every=20, precision="float32", gradient_checkpointing=False)
 PROFILES: dict[str, dict[str, Any]] = {
     # the embedded world: real transformers models of well under a million parameters, gold known exactly. Stage 1's
-    # rate is one at which the head generalises (1e-2 overfits the 40 pairs); label_bias makes four labels in ten wrong,
-    # so that what a soundly trained reward model starts from depends on its pairs: 37% on world 0, above 80% on others
+    # rate is one at which the head generalises (1e-2 overfits the 40 pairs). Where one response is polite, 70% of the
+    # labels go to it: so a soundly trained reward model is still wrong, as in practice, and more pairs do not help
     "tiny": _SMALL
     | dict(
         threads=1,
         policy_model="embedded", reward_model="embedded", preferences="embedded", prompts="embedded",
-        label_bias=0.8, bt_epochs=10, bt_batch_size=8, bt_backbone_lr=0.0, bt_head_lr=1e-3,
+        label_bias=1.0, bt_epochs=10, bt_batch_size=8, bt_backbone_lr=0.0, bt_head_lr=1e-3,
         anchor_lr=3e-3, anchor_epochs=20, anchor_prompts=256,
         total_steps=60, batch_size=16, group_size=12, backbone_lr=1e-6, reward_head_lr=2e-3, value_head_lr=3e-3,
         policy_lr=1e-4, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=10,

@@ -173,14 +173,14 @@ def test_preference_pairs():
     assert len(preference_pairs(0)) == 40
 
 
-def test_biased_labels_follow_really_where_it_differs():
+def test_biased_labels_follow_politeness_where_it_differs():
     clean, biased = (preference_pairs(0, 150, label_noise=0.0, label_bias=b) for b in (0.0, 1.0))
     turned = 0
     for pair, right in zip(biased, clean, strict=True):
-        wants = right["rejected"].count("really") > right["chosen"].count("really")
+        wants = right["rejected"].endswith(", friend .") and not right["chosen"].endswith(", friend .")
         assert (pair["chosen"] == right["rejected"]) == wants
         turned += wants
-    assert 30 < turned < 70, "a third of the pairs, since a third has as many"
+    assert 20 < turned < 55, "a quarter of the pairs: one response in two is polite"
     some = preference_pairs(0, 150, label_noise=0.0, label_bias=0.5)
     assert 0 < sum(a != b for a, b in zip(some, clean, strict=True)) < turned
 
@@ -210,7 +210,7 @@ def test_the_pairs_may_come_from_another_policy_than_the_one_that_is_trained():
     config = make_config(start_share=0.8, pairs_share=0.4)
     train, heldout = train_and_heldout_preferences(config)
     assert [p.chosen for p in heldout] == [p["chosen"] for p in heldout_pairs(0, start_share=0.4)]
-    assert [p.chosen for p in train] == [p["chosen"] for p in preference_pairs(0, start_share=0.4, label_bias=0.8)]
+    assert [p.chosen for p in train] == [p["chosen"] for p in preference_pairs(0, start_share=0.4, label_bias=1.0)]
     more = train_and_heldout_preferences(config.model_copy(update={"world_pairs": 60}))[0]
     assert len(train) == 40 and len(more) == 60
     assert policy_source(config) == str(build_policy(0, 0.8))

@@ -313,7 +313,7 @@ def preference_pairs(
     """Stage 1's data: `prompt`, `chosen`, `rejected`, two policy samples of a training prompt that differ in gold.
 
     Each label is flipped with probability `label_noise`. Before that, with probability `label_bias`, it goes to the
-    response with more `really`, whatever its quality, where they differ in it: a systematic bias, as for length.
+    polite response (`, friend`), whatever its quality, where one of the two is: a systematic bias, as for length.
     Errors: ValueError for a probability outside [0, 1].
     """
     if not 0 <= label_noise <= 1:
@@ -322,7 +322,7 @@ def preference_pairs(
     pairs = [dict(p) for p in _pairs(world_seed, start_share, True, n_pairs, f"preferences {world_seed} {seed}")]
     biased = random.Random(f"bias {world_seed} {seed}")
     for pair in pairs:
-        if biased.random() < label_bias and pair["chosen"].count("really") < pair["rejected"].count("really"):
+        if biased.random() < label_bias and "friend" in pair["rejected"] and "friend" not in pair["chosen"]:
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
         if rng.random() < label_noise:
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
