@@ -164,11 +164,19 @@ def test_a_stopped_run_keeps_its_last_picture(first_cell, lab):
     assert 3 <= last_step(page) == read_metrics(lab[1] / "stopped")["step"].max() < 4000
 
 
+def holder(file: Path) -> int:
+    """The process that has a file open."""
+    for opened in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # another's, or gone meanwhile
+            if os.readlink(opened) == str(file):
+                return int(opened.parts[2])
+    raise AssertionError(f"nobody has {file} open")
+
+
 def test_a_run_that_fails_keeps_its_last_picture(first_cell, lab):
     page, lock = first_cell("killed"), lab[1] / "killed" / ".lock"  # which the training process holds open
     drawn_after_a_few_steps(page)
-    (held,) = [fd for fd in Path("/proc").glob("[0-9]*/fd/*") if fd.is_symlink() and os.path.realpath(fd) == str(lock)]
-    os.kill(int(held.parts[2]), signal.SIGKILL)
+    os.kill(holder(lock), signal.SIGKILL)
     trace = page.locator(".jp-OutputArea-output[data-mime-type*=stderr]")
     trace.wait_for()
     assert "RunFailed" in trace.text_content() and "SIGKILL" in trace.text_content()
