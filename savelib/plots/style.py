@@ -24,11 +24,11 @@ def use_style() -> None:
 def name_ends(ax: plt.Axes, ends: list[tuple[float, str, object]]) -> None:
     """Write the name of each line (its last y, name, colour) to the right of the axes, moved apart where they meet."""
     low, high = ax.get_ylim()
-    gap = 0.085 * (high - low)
-    places: list[float] = []
+    line, last, lines = 0.08 * (high - low), float("-inf"), 0  # height of a line of text; the name below, and its lines
     for y, name, colour in sorted(ends, key=lambda end: end[0]):
-        places.append(max(y, places[-1] + gap) if places else y)
-        ax.text(1.01, places[-1], name, color=colour, va="center", fontsize="small", transform=ax.get_yaxis_transform())
+        of_name = name.count("\n") + 1
+        last, lines = max(y, last + line * (lines + of_name) / 2), of_name
+        ax.text(1.01, last, name, color=colour, va="center", fontsize="small", transform=ax.get_yaxis_transform())
 
 
 def plain(texts: list[str]) -> list[str]:
