@@ -139,8 +139,9 @@ def same(a, b):
 
 
 def verdicts(t, monkeypatch, *zs):
-    """Let the guard's z be these, block by block."""
+    """Let the guard's z be these, block by block, as if each block had updated the reward model."""
     given = iter(zs)
+    monkeypatch.setattr(t.guard.pairs, "margins", lambda: torch.rand(12))
     monkeypatch.setattr("savelib.training.guard.improvement_z", lambda now, before: next(given))
 
 
@@ -241,6 +242,19 @@ def test_a_certificate_decides_what_is_returned_not_how_training_goes(base, monk
         if pairs:
             assert ("step 6 is certified" if verdict else "no look was conclusive") in said
     assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+def test_a_block_without_an_update_is_not_judged(base):
+    """With a threshold that no response passes the reward model stays as it is, V learns, and no form is blamed."""
+    t = prepare(make_config(**base | dict(curriculum="fixed", initial_margin=0.99)))
+    start = trained(t)
+    for step in (1, 2, 3, 4):
+        metrics, _ = save_step(t, step)
+        assert metrics["rm/groups"] == 0
+    reward_model = len(list(t.reward_model.model.parameters()))
+    assert same(trained(t)[:reward_model], start[:reward_model]) and not same(trained(t), start)
+    assert "guard/z" not in metrics and metrics["guard/undone"] == metrics["guard/resting"] == 0
+    assert t.guard.state == GuardState()
 
 
 def test_a_block_that_the_end_of_a_run_cuts_short_is_undone(base, monkeypatch):

@@ -56,8 +56,9 @@ class Guard:
         if step % c.guard_every == 0 or step == c.total_steps:
             if self.resting:
                 self.state = self.state.rested()
+            elif torch.equal(now := self.pairs.margins(), self.confirmed["margins"]):
+                self.confirmed = self._copy() | {"margins": now}  # the filter kept nothing: V alone has moved
             else:
-                now = self.pairs.margins()
                 metrics["guard/z"] = improvement_z(now, self.confirmed["margins"])
                 undone = self._decide(metrics["guard/z"] > ACCEPT, now, step)
         return undone, metrics | {"guard/accepted": float(self.accepted), "guard/undone": float(self.undone)}
