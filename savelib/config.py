@@ -246,6 +246,9 @@ class Config(BaseModel):
         100, "ours", "rule save_checked: preference pairs that check each block; taken out of those of stage 1", ge=2
     )
     guard_preferences: str = _field("", "ours", "their source instead: hub id, .jsonl[.gz] or .parquet")
+    guard_unbiased: bool = _field(
+        False, "ours", "embedded world: the guard pairs' labels are noisy, but not biased by label_bias"
+    )
     guard_every: int = _field(5, "ours", "rule save_checked: steps of a block", ge=1)
     certificate_pairs: int = _field(
         0,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from savelib.config import make_config
 from savelib.data import world, world_models
-from savelib.data.pairs_and_prompts import train_and_heldout_preferences
+from savelib.data.pairs_and_prompts import guard_preferences, train_and_heldout_preferences
 from savelib.data.world_models import (
     build_backbone,
     build_policy,
@@ -183,6 +183,15 @@ def test_biased_labels_follow_politeness_where_it_differs():
     assert 20 < turned < 55, "a quarter of the pairs: one response in two is polite"
     some = preference_pairs(0, 150, label_noise=0.0, label_bias=0.5)
     assert 0 < sum(a != b for a, b in zip(some, clean, strict=True)) < turned
+
+
+def test_guard_pairs_are_biased_as_stage_1_s_unless_they_are_asked_not_to_be():
+    def guard(**values):
+        pairs = guard_preferences(make_config(label_noise=0.0, rule="save_checked", **values), [])[1]
+        return [(p.chosen, p.rejected) for p in pairs]
+
+    fair = guard(label_bias=0.0)
+    assert guard(label_bias=1.0) != fair == guard(label_bias=1.0, guard_unbiased=True)
 
 
 def test_a_feature_offset_moves_the_mean_and_nothing_else():

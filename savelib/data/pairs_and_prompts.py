@@ -132,7 +132,7 @@ def train_and_heldout_preferences(config: Config) -> tuple[list[Preference], lis
 def guard_preferences(config: Config, pairs: list[Preference]) -> tuple[list[Preference], list[Preference]]:
     """For rule save_checked: (pairs of stage 1, guard_pairs + certificate_pairs others).
 
-    The embedded world draws new ones, as noisy as stage 1's; else they come from guard_preferences, or evenly out of
+    The embedded world draws new ones, as noisy as stage 1's (and as biased, unless guard_unbiased); else they come from guard_preferences, or evenly out of
     `pairs`. Raises ConfigError where there are too few.
     """
     count = config.guard_pairs + config.certificate_pairs
@@ -143,7 +143,7 @@ def guard_preferences(config: Config, pairs: list[Preference]) -> tuple[list[Pre
             label_noise=config.label_noise,
             seed=f"{config.seed} guard",
             start_share=config.share_of_pairs,
-            label_bias=config.label_bias,
+            label_bias=0.0 if config.guard_unbiased else config.label_bias,
         )
         return pairs, [Preference(_messages(p["prompt"]), p["chosen"], p["rejected"]) for p in drawn]
     source = "guard_preferences" if config.guard_preferences else "preferences"
