@@ -132,8 +132,8 @@ def train_and_heldout_preferences(config: Config) -> tuple[list[Preference], lis
 def guard_preferences(config: Config, pairs: list[Preference]) -> tuple[list[Preference], list[Preference]]:
     """For rule save_checked: (pairs of stage 1, guard_pairs + certificate_pairs others).
 
-    The embedded world draws new ones, as noisy as stage 1's (and as biased, unless guard_unbiased); else they come from guard_preferences, or evenly out of
-    `pairs`. Raises ConfigError where there are too few.
+    The embedded world draws new ones, as noisy as stage 1's (and as biased, unless guard_unbiased); else they come from
+    guard_preferences, or evenly out of `pairs`. Raises ConfigError where there are too few.
     """
     count = config.guard_pairs + config.certificate_pairs
     if config.preferences == "embedded" and not config.guard_preferences:
