@@ -23,12 +23,12 @@ def bt_curve(margins: Tensor, ax: plt.Axes | None = None, noise: tuple[float, ..
     for share, colour in zip(noise, (COLOURS["save"], COLOURS["negative"], COLOURS["hl_bt"]), strict=False):
         y = (1 - share) * loss(x) + share * loss(-x)
         ax.plot(x, y, color=colour)
-        ends.append((y[-1].item(), f"{share:.0%} of the labels flipped", colour))
+        name = f"{share:.0%} of the labels flipped"
         if share:
             best = math.log((1 - share) / share)
             ax.plot(best, y.min(), "v", color=colour)
-            style = {"textcoords": "offset points", "ha": "center", "fontsize": "small", "color": colour}
-            ax.annotate(f"best margin {best:.2f}", (best, y.min()), (0, 7), **style)
+            name += f"\nbest margin {best:.2f}"
+        ends.append((y[-1].item(), name, colour))
     ax.plot(margins, loss(margins), "o", color="#333333", label="the pairs above")
     ax.set(xlabel="margin R(chosen) - R(rejected)", ylabel="loss\n(lower is better)", xlim=(-4, 4), ylim=(-0.1, None))
     ax.set_title("The Bradley-Terry loss of a pair, by its margin")
