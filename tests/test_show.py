@@ -12,18 +12,21 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from savelib.analysis import worst_mistakes
 from savelib.method import partition, save_loss
 from savelib.plots import moving
+from savelib.plots.style import name_ends
 from savelib.runs.folder import read_metrics, read_samples
 from savelib.show import live
 from savelib.show.cards import cards
-from savelib.show.html import folded, listing, table
-from savelib.show.page import export
+from savelib.show.html import bullets, folded, listing, table
+from savelib.show.page import export, markdown
 from savelib.show.svg import Chart, ticks
 from savelib.show.text import escaped
+from savelib.training.algorithm import save_step
 
 ROOT = Path(__file__).resolve().parent.parent
 NASTY = (
@@ -56,10 +59,15 @@ def test_text_of_models_is_shown_as_it_is(svg):
 
 def test_tables_and_folded_parts_escape_every_text():
     frame = pd.DataFrame({"response": [NASTY], "list": [[NASTY]], NASTY: [1.5]}, index=[NASTY])
-    for markup in (table(frame).data, folded(NASTY, frame).data, cards(samples(prompt=NASTY, response=NASTY)).data):
+    made = (table(frame), folded(NASTY, frame), bullets([NASTY]), cards(samples(prompt=NASTY, response=NASTY)))
+    for markup in (part.data for part in made):
         assert "<script" not in markup and 'example.org/x.png"' not in markup and "$" not in markup
         assert "alert(1)" in shown(markup)
     assert len(shown(table(pd.DataFrame({"a": ["long " * 100]})).data)) > 500, "nothing is cut"
+
+
+def test_a_listing_names_the_file_of_what_is_decorated():
+    assert "save_step, from savelib/training/algorithm.py" in shown(listing(save_step).data)
 
 
 def test_cards_have_one_axis_and_say_what_gold_says():
@@ -80,6 +88,7 @@ def test_the_worst_mistakes_come_first():
     )
     assert worst_mistakes(rows)["response"].tolist() == ["c", "d", "a"]
     assert worst_mistakes(rows, most=1)["response"].tolist() == ["c"]
+    assert worst_mistakes(pd.concat([rows, rows]))["response"].tolist() == ["c", "d", "a"], "each once"
     without = worst_mistakes(rows.assign(value=None))  # the mean reward of the group, 0.2, stands for V
     assert without["response"].tolist() == ["c", "d", "a"] and set(without["anchor"]) == {"mean R"}
     assert without["value"].tolist() == pytest.approx([0.2] * 3)
@@ -130,6 +139,21 @@ def test_a_page_has_its_mathematics_typeset(page):
     assert "$$" not in body and "<em>" not in body, "no star or underscore of a formula is taken for markdown"
     assert "<code>$x$</code>" in body
     assert "alert(1)" in shown(body) and "<script" not in body
+
+
+def test_formulas_have_the_spaces_of_tex():
+    bars, logarithm = markdown(r"$\sigma(|a|)$"), markdown(r"$\log\sigma$")
+    assert bars.count('lspace="0" rspace="0">|</mo>') == 2 and 'rspace="0.17em">log</mo><mi>' in logarithm
+    for markup in (bars, logarithm):
+        ElementTree.fromstring(markup[markup.index("<math") : markup.index("</p>")])
+
+
+def test_names_of_lines_keep_apart():
+    ax = Figure().add_subplot()
+    ax.set_ylim(0, 1)
+    name_ends(ax, [(0.5, "two\nlines", "b"), (0.51, "one", "g"), (0.1, "far", "r")])
+    places = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert places["far"] == 0.1 and places["two\nlines"] == 0.5 and places["one"] == pytest.approx(0.62)
 
 
 def test_a_page_folds_code_without_a_result_and_long_output(page):
