@@ -45,8 +45,8 @@ def epoch_losses(losses: list[float], levels: dict[str, float], ylabel: str, ax:
     ax.plot(range(1, len(losses) + 1), losses, "o-", markersize=4, color=COLOURS["save"])
     ax.set(xlabel="epoch", ylabel=f"{ylabel}\n(lower is better)", title="Loss over the epochs of training")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ends = [(level, f"{name}: {level:.3f}", "0.3") for name, level in levels.items()]
-    name_ends(ax, ends + [(loss, f"the last epoch: {loss:.3f}", COLOURS["save"]) for loss in losses[-1:]])
+    ends = [(level, f"{name}: {level:.3g}", "0.3") for name, level in levels.items()]
+    name_ends(ax, ends + [(loss, f"the last epoch: {loss:.3g}", COLOURS["save"]) for loss in losses[-1:]])
     return ax
 
 
