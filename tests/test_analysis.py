@@ -78,7 +78,7 @@ def test_newest_run_is_the_one_that_finished_last_and_was_not_cut(tmp_path):
         (tmp_path / name / "config.yaml").write_text("profile: tiny")
         (tmp_path / name / "manifest.json").write_text(f'{{"status": "{status}", "finished": "{finished}"}}')
     assert analysis.newest_run() == "a"
-    assert analysis.newest_run(but_not="a") == "z"
+    assert analysis.newest_run(but_not=("a", "b")) == "z"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from savelib import plots
 from savelib.analysis import worst_mistakes
 from savelib.method import partition, save_loss
 from savelib.plots import moving
@@ -154,6 +155,12 @@ def test_names_of_lines_keep_apart():
     name_ends(ax, [(0.5, "two\nlines", "b"), (0.51, "one", "g"), (0.1, "far", "r")])
     places = {text.get_text(): text.get_position()[1] for text in ax.texts}
     assert places["far"] == 0.1 and places["two\nlines"] == 0.5 and places["one"] == pytest.approx(0.62)
+
+
+def test_runs_that_measured_at_other_steps_are_drawn_from_left_to_right():
+    runs = [pd.DataFrame({"step": steps, "policy/kl": 0.1}) for steps in ([5, 6], [3, 4, 5, 6])]
+    (line,) = plots.metric({"save": runs}, "policy/kl", Figure().add_subplot()).lines
+    assert line.get_xdata().tolist() == [3, 4, 5, 6]
 
 
 def test_a_page_folds_code_without_a_result_and_long_output(page):

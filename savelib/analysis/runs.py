@@ -94,10 +94,10 @@ def worst_mistakes(samples: pd.DataFrame, most: int = 5) -> pd.DataFrame:
     return worst.drop_duplicates(["step", "prompt_id", "response"]).head(most)
 
 
-def newest_run(but_not: str = "") -> str | None:
-    """Id of the run that finished last (status `done`), or None; ids that start with `but_not` do not count."""
+def newest_run(but_not: tuple[str, ...] = ()) -> str | None:
+    """Id of the run that finished last (status `done`), or None; ids that start with one of `but_not` do not count."""
     ids = [f.parent.name for f in runs_dir().glob("*/config.yaml")]
-    finished = {run: read_manifest(run) for run in ids if not (but_not and run.startswith(but_not))}
+    finished = {run: read_manifest(run) for run in ids if not run.startswith(but_not)}
     done = {run: manifest["finished"] for run, manifest in finished.items() if manifest["status"] == "done"}
     return max(done, key=done.get) if done else None
 

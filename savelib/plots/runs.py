@@ -27,6 +27,7 @@ def lines(
     ax.set(xlabel="step", ylabel=ylabel, title=title)
     if not there:
         return nothing_to_show(ax)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     name_ends(ax, ends)
     return ax
 
@@ -51,7 +52,7 @@ def metric(
         runs = [m.rolling(window, min_periods=1).mean() - since_start * m.iloc[0] for m in measured if len(m)]
         if not runs:
             continue
-        table, rule = pd.concat(runs, axis=1), label.split(",")[0]  # [steps, runs]
+        table, rule = pd.concat(runs, axis=1).sort_index(), label.split(",")[0]  # [steps, runs]
         style = ("-", (0, (5, 2)), ":", "-.")[drawn.get(rule, 0) % 4]
         drawn[rule] = drawn.get(rule, 0) + 1
         marker = "o" if len(table) < 15 else ""
@@ -66,6 +67,7 @@ def metric(
     )
     if not drawn:
         return nothing_to_show(ax)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     name_ends(ax, ends)
     return ax
 
