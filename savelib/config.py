@@ -410,7 +410,7 @@ class Config(BaseModel):
                 f"ensemble = {self.ensemble} needs rule=frozen and a preference stage (bt_epochs above 0), which its "
                 f"members differ in; here rule = {self.rule!r}, bt_epochs = {self.bt_epochs}"
             )
-        if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs or RULES[self.rule].otherwise):
+        if not self.preferences and (self.bt_epochs or RULES[self.rule].pairs or RULES[self.rule].centred):
             raise ValueError(
                 f"preferences is empty, but stage 1 (bt_epochs = {self.bt_epochs}) or rule {self.rule!r} needs pairs"
             )

@@ -58,7 +58,7 @@ def test_profiles_are_valid_and_survive_yaml(profile, tmp_path):
     (dict(policy_groups="both_signs", rule="hl_bt"), "both_signs needs a rule with an anchor"),
     (dict(preferences=""), r"preferences is empty, but stage 1 \(bt_epochs = 10\)"),
     (dict(preferences="", bt_epochs=0, rule="offline_bt"), "rule 'offline_bt' needs pairs"),
-    (dict(preferences="", bt_epochs=0, rule="save_either_way"), "rule 'save_either_way' needs pairs"),
+    (dict(preferences="", bt_epochs=0, rule="save_checked"), "rule 'save_checked' needs pairs"),
     (dict(temperature=0), "temperature = 0"),
 ])  # fmt: skip
 def test_bad_values_are_named(values, said):

@@ -25,7 +25,6 @@ RUNS = {  # what differs between processes: groups without contrast, kept respon
     "hl_bt": dict(rule="hl_bt"),
     "offline_bt": dict(rule="offline_bt"),
     "ser": dict(rule="ser"),
-    "save_either_way": dict(rule="save_either_way"),
     "r2m": dict(rule="r2m"),
     "prime": dict(rule="frozen", algo="prime"),
     "mean_reward": dict(rule="mean_reward", value_head="mlp"),

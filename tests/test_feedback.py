@@ -20,7 +20,6 @@ from savelib.method import (
     save_loss,
     skewness,
     value_loss,
-    zero_net_force,
 )
 
 TABLE_7 = torch.tensor([[7.469, 7.719, 3.0]], dtype=torch.float64), torch.tensor([5.375], dtype=torch.float64)
@@ -300,20 +299,6 @@ def test_net_forces_stay_finite():
     torch.testing.assert_close(push, torch.tensor([0.0, 1 / (1 + math.e)]))
 
 
-def test_zero_net_force_keeps_the_values_and_centres_the_gradient():
-    rewards, values = random_batch()
-    eligible = torch.ones_like(rewards, dtype=torch.bool)
-    eligible[:, 0] = False
-    parts = partition(rm_advantages(rewards, values), 0.5, eligible)
-    assert torch.equal(zero_net_force(rewards), rewards)
-    (plain,) = torch.autograd.grad(save_loss(rewards, values, parts), rewards)
-    (centred,) = torch.autograd.grad(save_loss(zero_net_force(rewards), values, parts), rewards)
-    torch.testing.assert_close(centred, plain - plain.mean(1, keepdim=True))
-    (centred,) = torch.autograd.grad(save_loss(zero_net_force(rewards, eligible), values, parts), rewards)
-    torch.testing.assert_close(centred.sum(1), torch.zeros(len(values), dtype=torch.float64))
-    assert not centred[:, 0].any() and centred[parts.valid].any()
-
-
 def test_skewness_is_scipys_of_rewards_about_their_groups_mean():
     rewards = torch.randn(3, 5, 6).exp() + 10 * torch.arange(15.0).view(3, 5, 1)
     away = rewards - rewards.mean(2, keepdim=True)
@@ -350,7 +335,6 @@ def test_dtypes_are_kept(dtype):
         save_loss(rewards, values, parts),
         value_loss(values, rewards),
         hl_bt_loss(rewards),
-        zero_net_force(rewards),
         mirrored_save_loss(rewards, values, parts),
         *net_forces(rewards, values, parts),
     ]

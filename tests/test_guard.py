@@ -197,10 +197,12 @@ def test_two_undone_blocks_rest_the_reward_model_but_not_the_value_head(base, mo
     assert metrics["guard/accepted"] == 1 and metrics["guard/resting"] == 0
 
 
-def test_the_gradient_cannot_shift_the_preference_pairs_level(base, monkeypatch):
-    """One step against R - (m - stopgrad m), written down with autograd on the whole batch."""
+@pytest.mark.parametrize("form", [0, 1])
+def test_the_gradient_cannot_shift_the_preference_pairs_level(base, form):
+    """One step of either loss against R - (m - stopgrad m), written down with autograd on the whole batch."""
     values = base | dict(guard_every=4, curriculum="linear", initial_margin=0.1)
     t = prepare(make_config(**values))
+    t.guard.state = GuardState(form=form)
     copied, c = copy.deepcopy(t.reward_model), t.config
     seed_everything("step", c.seed, 1)
     rollout = copy.deepcopy(t).sample(1)
@@ -217,6 +219,8 @@ def test_the_gradient_cannot_shift_the_preference_pairs_level(base, monkeypatch)
         keep = [bool(e) and torch.sigmoid((r - V).abs()) >= t.threshold(1) for r, e in zip(R, ok, strict=True)]
         good = [r for r, k in zip(R, keep, strict=True) if k and r >= V]
         bad = [r for r, k in zip(R, keep, strict=True) if k and r < V]
+        if form == 1:  # the mirror image
+            good, bad, V = [-r for r in bad], [-r for r in good], -V
         if good and bad:
             top = V.exp() + sum(r.exp() for r in good)
             low = V.exp() + sum(r.exp() for r in bad)

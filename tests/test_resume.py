@@ -230,20 +230,6 @@ def test_a_block_that_was_interrupted_ends_as_if_it_had_not_been(base, certifica
     assert outcome(run) == outcome(straight)
 
 
-def test_the_running_lead_is_part_of_a_checkpoint(base, monkeypatch):
-    monkeypatch.setattr(
-        "savelib.training.algorithm.running_mean", lambda before, now: 1.0 if before is None else before + 1
-    )
-    values = base | dict(rule="save_either_way")
-    run = train(make_config(**values, run_id="one"))
-    mirrored = [row["rm/mirrored"] for row in read_jsonl(run / "metrics.jsonl")[1:]]
-    assert mirrored == [0, 1, 1, 1, 1, 1], "at the first step nothing is known"
-    folder = run / "checkpoints/step_000004"
-    assert json.loads((folder / MANIFEST).read_text())["state"] == {"lead": 4}
-    again = train(make_config(**values, run_id="again", resume=str(folder)))
-    assert [row["rm/mirrored"] for row in read_jsonl(again / "metrics.jsonl")[-2:]] == [1, 1]
-
-
 @pytest.mark.parametrize("backend", [
     "ddp",
     pytest.param("deepspeed_zero2", marks=pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed: Linux")),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from savelib.experiments import simulation_tables as tables
-from savelib.experiments.forms import FORMS, two_clusters
+from savelib.experiments.forms import FORMS, spread_loss, two_clusters, zero_net_force
 from savelib.experiments.simulation import (
     Setting,
     Worlds,
@@ -18,7 +18,7 @@ from savelib.experiments.simulation import (
 )
 from savelib.experiments.simulation_tables import TABLES, over_seeds
 from savelib.experiments.tables import Tables
-from savelib.method import RULES, spread_loss
+from savelib.method import RULES, partition, rm_advantages, save_loss
 
 SEEDS = range(4)
 
@@ -109,11 +109,26 @@ def test_either_way_pushes_up_where_most_looks_right():
     assert ours[0] > 8 and ours[1] > 8 > -20 > paper[1]
     _, heads, z, mean, _ = batch([Setting(success=0.8)])
     first = torch.arange(len(heads)) == 0  # the first world alone is mirrored
-    gradient, _ = head_gradient(RULES["save_either_way"], heads, z, mean, 0.6, first)
+    gradient, _ = head_gradient(FORMS["save_either_way"], heads, z, mean, 0.6, first)
     plain, _ = head_gradient(RULES["save"], heads, z, mean, 0.6)
     image, _ = head_gradient(RULES["save"], heads, -z, -mean, 0.6)  # -w . z is the image's reward
     torch.testing.assert_close(gradient[1:], plain[1:])
     torch.testing.assert_close(gradient[0], image[0])
+
+
+def test_zero_net_force_keeps_the_values_and_centres_the_gradient():
+    rewards = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    values = rewards.detach().mean(1)
+    eligible = torch.ones_like(rewards, dtype=torch.bool)
+    eligible[:, 0] = False
+    parts = partition(rm_advantages(rewards, values), 0.5, eligible)
+    assert torch.equal(zero_net_force(rewards), rewards)
+    (plain,) = torch.autograd.grad(save_loss(rewards, values, parts), rewards)
+    (centred,) = torch.autograd.grad(save_loss(zero_net_force(rewards), values, parts), rewards)
+    torch.testing.assert_close(centred, plain - plain.mean(1, keepdim=True))
+    (centred,) = torch.autograd.grad(save_loss(zero_net_force(rewards, eligible), values, parts), rewards)
+    torch.testing.assert_close(centred.sum(1), torch.zeros(len(values), dtype=torch.float64))
+    assert not centred[:, 0].any() and centred[parts.valid].any()
 
 
 def test_spread_loss_is_its_formula_and_leaves_out_who_is_not_eligible():

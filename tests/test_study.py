@@ -55,7 +55,8 @@ def test_cells_are_configurations(path, profile):
     assert {cell.paper for cell in study.cells} > {""} or all(cell.paper for cell in study.cells)
 
 
-TUNED = ("tuning", "tuning_either_way", "remedies_development")
+TUNED = ("tuning", "remedies_development")
+GONE = {"save_either_way", "save_zero_net_force", "spread"}  # rules that shipped studies have cells of
 JUDGED = ("claims", "claims_settings", "forms_low", "forms_high", "forms_long_low", "forms_long_high", "remedies")
 
 
@@ -72,9 +73,16 @@ def test_studies_of_the_world_are_tuned_on_other_worlds_than_they_judge(name):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "data/results/studies").iterdir()))
 def test_a_shipped_study_is_the_one_of_its_file(name):
-    files = (ROOT / "data/results/studies" / name / "study.yaml", ROOT / "data/studies" / f"{name}.yaml")
-    shipped, ours = ([(job.cell, job.config) for job in jobs_of(read_study(file), [0])] for file in files)
-    assert shipped == ours
+    """Its cells without those of rules that are gone, and of their reward models."""
+    shipped, file = read_study(ROOT / "data/results/studies" / name / "study.yaml"), ROOT / f"data/studies/{name}.yaml"
+    gone = {cell.name for cell in shipped.cells if cell.set.get("rule") in GONE}
+    left = [cell for cell in shipped.cells if not {cell.name, cell.reward_model_of} & gone]
+    if not left:
+        assert not file.exists()
+        return
+    studies = (shipped.model_copy(update={"cells": left}), read_study(file))
+    there, ours = ([(job.cell, job.config) for job in jobs_of(study, [0])] for study in studies)
+    assert there == ours
 
 
 def test_the_papers_tables_4_to_6_are_its_own_values_in_its_profile():

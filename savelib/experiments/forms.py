@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,37 @@ from savelib.method import (
     partition,
     rm_advantages,
     save_loss,
-    spread_loss,
-    zero_net_force,
 )
+
+
+def zero_net_force(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
+    """R - mean_group(R) + stopgrad(mean_group(R)), to be given to `save_loss` in place of R.
+
+    rewards [B, G] -> [B, G] with the same values; a loss's gradient is centred in each group, so that the group as a
+    whole is pushed neither up nor down. eligible [B, G] bool: the mean is over these, so the others are not moved.
+    """
+    eligible = torch.ones_like(rewards, dtype=torch.bool) if eligible is None else eligible.bool()
+    total = rewards.masked_fill(~eligible, 0.0).sum(1, keepdim=True)  # [B, 1]
+    mean = total / eligible.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    return rewards - (mean - mean.detach())
+
+
+def spread_loss(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
+    """-1/2 log(1 + variance of the rewards in the group), the mean over groups with two eligible responses.
+
+    rewards [B, G], eligible [B, G] bool -> scalar, a 0 that still has a graph when there is no such group. No anchor,
+    no labels: the gradient on R is in proportion to its distance from the group's mean, so it sums to 0 and does not
+    saturate. The variance is the biased one.
+    Pitfall: for a linear head this is power iteration: it finds the direction in which responses to a prompt differ
+    most, be it quality or style.
+    """
+    eligible = torch.ones_like(rewards, dtype=torch.bool) if eligible is None else eligible.bool()
+    count = eligible.sum(1)  # [B]
+    mean = rewards.masked_fill(~eligible, 0.0).sum(1) / count.clamp(min=1)
+    squares = (rewards - mean[:, None]).square().masked_fill(~eligible, 0.0)  # [B, G]
+    variance = squares.sum(1) / count.clamp(min=1)
+    used = count >= 2
+    return -0.5 * variance.log1p().masked_fill(~used, 0.0).sum() / used.sum().clamp(min=1)
 
 
 def _spread_about(rewards: Tensor, centre: Tensor, eligible: Tensor) -> Tensor:
@@ -48,6 +78,10 @@ def _by(loss: GroupLoss, description: str, groups: str = "save", anchor: str | N
 
 def _over_valid(terms: Tensor, sides: Partition) -> Tensor:
     return (terms * sides.valid).sum() / sides.valid.sum().clamp(min=1)
+
+
+def _save_zero_net_force(rewards: Tensor, anchors: Tensor, sides: Partition, eligible: Tensor) -> Tensor:
+    return save_loss(zero_net_force(rewards, eligible), anchors, sides)
 
 
 def _logistic(rewards: Tensor, anchors: Tensor, sides: Partition, eligible: Tensor) -> Tensor:
@@ -133,8 +167,14 @@ def _around_v(rewards: Tensor, anchors: Tensor, sides: Partition, eligible: Tens
 
 
 FORMS: dict[str, Rule] = {
-    **{name: RULES[name] for name in ("save", "mean_reward", "hl_bt", "save_zero_net_force", "offline_bt")},
-    "save_either_way": RULES["save_either_way"],
+    **{name: RULES[name] for name in ("save", "mean_reward", "hl_bt")},
+    "save_zero_net_force": _by(_save_zero_net_force, "ours: SAVE with the gradient's mean over each group removed"),
+    "offline_bt": RULES["offline_bt"],
+    "save_either_way": replace(
+        RULES["save"],
+        description="ours: SAVE, or its mirror image while the responses' mean reward is above the preference pairs'",
+        otherwise=RULES["save_checked"].otherwise,
+    ),
     "logistic": _by(_logistic, "logistic loss around V on the kept responses"),
     "anchor_gradient": _by(_anchor_gradient, "SAVE with the gradient flowing into V"),
     "unit_forces": _by(_unit_forces, "L+ / A + L- / D: each side's forces add up to one"),

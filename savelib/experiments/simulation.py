@@ -24,10 +24,10 @@ from savelib.method import (
     net_forces,
     partition,
     rm_advantages,
-    running_mean,
 )
 
 DIMENSION = 64
+MEMORY = 0.9  # of the running lead, from a step to the next
 MEASURED = ("accuracy", "spread", "mean_reward", "pull", "push", "kept")  # of each step
 
 
@@ -187,7 +187,7 @@ def trajectory(form: str | Rule, settings: Sequence[Setting], seeds: Iterable[in
     measured = [dict.fromkeys(MEASURED, nan) | {"accuracy": worlds.accuracy(start), "spread": worlds.spread(start)}]
     moved = torch.zeros_like(start)  # heads = start + lr * moved, so that each world has its own rate
     optimizer = torch.optim.Adam([moved], lr=1.0)
-    lead = None
+    lead = None  # running mean of how far the responses' mean reward is above the pairs'
     heads, offline = start, worlds.each("offline_weight")[:, None] + float(bool(rule.pairs))
     for step in range(1, shape.total_steps + 1):
         gradient, seen = torch.zeros_like(heads), {}
@@ -195,7 +195,8 @@ def trajectory(form: str | Rule, settings: Sequence[Setting], seeds: Iterable[in
             z, mean, _ = worlds.groups(step)
             threshold = curriculum_threshold(step, shape.total_steps, shape.initial_margin)
             gradient, seen = head_gradient(rule, heads, z, mean, threshold, None if lead is None else lead > 0)
-            lead = running_mean(lead, seen["mean_reward"] - (heads * worlds.middle).sum(1))
+            now = seen["mean_reward"] - (heads * worlds.middle).sum(1)
+            lead = now if lead is None else MEMORY * lead + (1 - MEMORY) * now
         if offline.any():
             some = torch.arange(step * shape.batch_size, (step + 1) * shape.batch_size) % shape.pairs
             gradient = gradient + offline * pair_gradient(heads, worlds.pairs[:, some])

@@ -13,7 +13,7 @@
 | table 2, policy algorithms | `ALGORITHMS`, `policy_loss`; `policy_advantages`, `reinforce_pp_advantages`, ... |
 | eq. 5, KL | `kl_k1`, `kl_k3`, `kl_penalized_rewards` |
 | other remedies | `par_rewards`, `combined_rewards`, `metarm_difference`, `best_of_group` (RAFT), `oracle_loss` |
-| ours | `mirrored_save_loss`, `zero_net_force`, `spread_loss`, `skewness`, `feature_geometry` |
+| ours | `mirrored_save_loss`, `skewness`, `feature_geometry` |
 """
 
 from savelib.method.equations import (
@@ -43,7 +43,7 @@ from savelib.method.policy import (
     reinforce_pp_advantages,
 )
 from savelib.method.remedies import best_of_group, combined_rewards, metarm_difference, oracle_loss, par_rewards
-from savelib.method.rules import RULES, GroupLoss, PairLabels, Rule, as_labelled, running_mean
+from savelib.method.rules import RULES, GroupLoss, PairLabels, Rule, as_labelled
 from savelib.method.variants import (
     feature_geometry,
     group_reward_entropy,
@@ -53,8 +53,6 @@ from savelib.method.variants import (
     r2m_loss,
     self_labelled,
     skewness,
-    spread_loss,
-    zero_net_force,
 )
 
 __all__ = [
@@ -63,6 +61,6 @@ __all__ = [
     "feature_geometry", "group_reward_entropy", "hl_bt_loss", "kl_k1", "kl_k3", "kl_penalized_rewards",
     "loss_weight", "metarm_difference", "mirrored_save_loss", "net_forces", "oracle_loss", "outcome_logits",
     "outcomes", "own_weight", "par_rewards", "partition", "policy_advantages", "policy_loss", "prime_advantages",
-    "process_rewards", "r2m_loss", "reinforce_pp_advantages", "rm_advantages", "running_mean", "save_loss",
-    "self_labelled", "skewness", "spread_loss", "value_loss", "zero_net_force",
+    "process_rewards", "r2m_loss", "reinforce_pp_advantages", "rm_advantages", "save_loss", "self_labelled",
+    "skewness", "value_loss",
 ]  # fmt: skip

@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from torch import Tensor
 
 from savelib.method.equations import Partition, save_loss
 from savelib.method.remedies import oracle_loss
-from savelib.method.variants import (
-    hl_bt_loss,
-    mirrored_save_loss,
-    r2m_loss,
-    self_labelled,
-    spread_loss,
-    zero_net_force,
-)
+from savelib.method.variants import hl_bt_loss, mirrored_save_loss, r2m_loss, self_labelled
 
-MEMORY = 0.9  # of `running_mean`, from a step to the next
-
-T = TypeVar("T", float, Tensor)
 GroupLoss = Callable[[Tensor, Tensor | None, Partition, Tensor], Tensor]
 PairLabels = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -38,9 +28,8 @@ class Rule:
         nothing is filtered, and no value head is trained).
     loss: (rewards [B,G], anchors [B] or None, partition, eligible [B,G]) -> mean over the groups that `groups` names.
     groups: (partition, eligible [B,G]) -> bool [B], the groups that have a loss; the others get no backward.
-    otherwise: another loss, in its place while most responses look right (the lead is above 0), or by turns if checked.
-    checked: blocks of steps stay only if guard pairs say so (`training.guard`); after one that did not, the other loss
-        has its turn.
+    checked: blocks of steps stay only if guard pairs say so (`training.guard`).
+    otherwise: another loss, which has its turn after a block that did not stay.
     centred: the gradient holds the mean reward of a batch of preference pairs where it is.
     by_gold: sides are those of gold, not of the filter: the positives are right, the negatives wrong.
     lookahead: the gradient on the preference pairs is taken where a step of gradient ascent on MetaRM's J leads
@@ -55,19 +44,14 @@ class Rule:
     anchor: Literal["value", "group_mean"] | None = None
     loss: GroupLoss | None = None
     groups: Callable[[Partition, Tensor], Tensor] | None = None
-    otherwise: GroupLoss | None = None
     checked: bool = False
+    otherwise: GroupLoss | None = None
     centred: bool = False
     by_gold: bool = False
     lookahead: bool = False
     pairs: PairLabels | None = None
     extra: str | None = None
     backbone: bool = True
-
-
-def running_mean(before: T | None, now: T) -> T:
-    """The running mean of what each step gives; before: None at the first step."""
-    return now if before is None else MEMORY * before + (1 - MEMORY) * now
 
 
 def as_labelled(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,14 +75,6 @@ def _save_mirrored(rewards: Tensor, anchors: Tensor, partition: Partition, eligi
     return mirrored_save_loss(rewards, anchors, partition)
 
 
-def _save_zero_net_force(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
-    return save_loss(zero_net_force(rewards, eligible), anchors, partition)
-
-
-def _spread(rewards: Tensor, anchors: Tensor, partition: Partition, eligible: Tensor) -> Tensor:
-    return spread_loss(rewards, eligible)
-
-
 def _hl_bt(rewards: Tensor, anchors: None, partition: Partition, eligible: Tensor) -> Tensor:
     return hl_bt_loss(rewards, eligible)
 
@@ -113,30 +89,14 @@ def _oracle(rewards: Tensor, anchors: None, partition: Partition, eligible: Tens
 
 RULES: dict[str, Rule] = {
     "save": Rule("the paper's SAVE: eq. 18-21 around the value head's V(x)", "value", _save, _valid),
-    "save_either_way": Rule(
-        "ours: SAVE, or its mirror image while the responses' mean reward is above the preference pairs'",
-        "value",
-        _save,
-        _valid,
-        otherwise=_save_mirrored,
-    ),
     "save_checked": Rule(
         "ours: SAVE or its mirror image without a common shift, undone block by block unless guard pairs improve",
         "value",
         _save,
         _valid,
-        otherwise=_save_mirrored,
         checked=True,
+        otherwise=_save_mirrored,
         centred=True,
-    ),
-    "save_zero_net_force": Rule(
-        "ours: SAVE with the gradient's mean over each group removed", "value", _save_zero_net_force, _valid
-    ),
-    "spread": Rule(
-        "ours: widens the spread of each group's rewards; V serves the policy's filter alone",
-        "value",
-        _spread,
-        _two_eligible,
     ),
     "mean_reward": Rule("SAVE with the group's mean reward in the place of V(x)", "group_mean", _save, _valid),
     "hl_bt": Rule("Bradley-Terry on the highest and the lowest reward of each group", None, _hl_bt, _two_eligible),

@@ -1,4 +1,4 @@
-"""Losses of the baselines (HL-BT, SER, R2M) and of forms of ours, beside the paper's own in `equations`."""
+"""Losses of the baselines (HL-BT, SER, R2M) and a form of ours, beside the paper's own in `equations`."""
 
 from __future__ import annotations
 
@@ -40,18 +40,6 @@ def hl_bt_loss(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
     return bradley_terry_loss(highest[usable], lowest[usable])
 
 
-def zero_net_force(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
-    """Ours, not the paper's: R - mean_group(R) + stopgrad(mean_group(R)), to be given to `save_loss` in place of R.
-
-    rewards [B, G] -> [B, G] with the same values; a loss's gradient is centred in each group, so that the group as a
-    whole is pushed neither up nor down. eligible [B, G] bool: the mean is over these, so the others are not moved.
-    """
-    eligible = torch.ones_like(rewards, dtype=torch.bool) if eligible is None else eligible.bool()
-    total = rewards.masked_fill(~eligible, 0.0).sum(1, keepdim=True)  # [B, 1]
-    mean = total / eligible.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
-    return rewards - (mean - mean.detach())
-
-
 def skewness(rewards: Tensor) -> Tensor:
     """Skewness of the rewards [..., B, G] about their group's mean, all groups together, [...]; 0 where all are equal.
 
@@ -70,24 +58,6 @@ def feature_geometry(features: Tensor) -> tuple[float, float]:
     """
     spread = (features - features.mean(1, keepdim=True)).square().sum(-1).mean().sqrt().item()
     return features.mean((0, 1)).norm().item() / spread, spread
-
-
-def spread_loss(rewards: Tensor, eligible: Tensor | None = None) -> Tensor:
-    """Ours: -1/2 log(1 + variance of the rewards in the group), the mean over groups with two eligible responses.
-
-    rewards [B, G], eligible [B, G] bool -> scalar, a 0 that still has a graph when there is no such group. No anchor,
-    no labels: the gradient on R is in proportion to its distance from the group's mean, so it sums to 0 and does not
-    saturate. The variance is the biased one.
-    Pitfall: for a linear head this is power iteration: it finds the direction in which responses to a prompt differ
-    most, be it quality or style.
-    """
-    eligible = torch.ones_like(rewards, dtype=torch.bool) if eligible is None else eligible.bool()
-    count = eligible.sum(1)  # [B]
-    mean = rewards.masked_fill(~eligible, 0.0).sum(1) / count.clamp(min=1)
-    squares = (rewards - mean[:, None]).square().masked_fill(~eligible, 0.0)  # [B, G]
-    variance = squares.sum(1) / count.clamp(min=1)
-    used = count >= 2
-    return -0.5 * variance.log1p().masked_fill(~used, 0.0).sum() / used.sum().clamp(min=1)
 
 
 def own_weight(step: int, total_steps: int) -> float:

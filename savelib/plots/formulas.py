@@ -136,7 +136,7 @@ def kept_over_time(
 
 ARROW = {"arrowstyle": "-|>,head_width=0.25", "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
 FORCES = {"L+": COLOURS["positive"], "L-": COLOURS["negative"], "HL-BT": COLOURS["hl_bt"], "L_R": COLOURS["save"],
-          "zero net force": COLOURS["save_zero_net_force"]}  # fmt: skip
+          "mirror image": COLOURS["save_checked"]}  # fmt: skip
 PUSHES = "Where the loss pushes each response of one group"
 
 

@@ -51,7 +51,6 @@ def save_checkpoint(t: Trainer, step: int, run: Path) -> Path:
             made = {
                 "step": step,
                 "made_with": t.config.only(*SAME_FILES),
-                "state": t.state,
                 "guard": t.guard.numbers() if t.guard else {},
                 "sha256": files,
             }
@@ -179,10 +178,9 @@ def latest_checkpoint(run: Path) -> tuple[int, Path] | None:
 
 
 def load_optimizers(t: Trainer, folder: Path) -> None:
-    """Put the optimizer states and the state of a checkpoint into a trainer with its models."""
+    """Put the optimizer states and the guard of a checkpoint into a trainer with its models."""
     made = _made(folder)
     _refuse_other(folder, made, t.config)
-    t.state = made["state"]
     if t.guard:
         t.guard.load(made["guard"], load_file(folder / _guard_file(rank() if t.lockstep else 0)))
     for name, engine in t.engines.items():

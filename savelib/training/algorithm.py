@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from savelib.config import Config
-from savelib.method import metarm_difference, running_mean, value_loss
+from savelib.method import metarm_difference, value_loss
 from savelib.models.compute import seed_everything
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Responses
@@ -31,7 +31,6 @@ from savelib.training.scoring import (
     encode_pairs,
     micro_batches,
     pairs_at_once,
-    score_groups,
     score_micro_batch,
 )
 from savelib.training.stages import anchor_stage, bradley_terry_step, preference_stage
@@ -96,7 +95,6 @@ def update_reward_model(
         check_finite(scores.rewards, responses)
     with clock.phase("value update"):
         metrics |= improve_value_head(t, scores)  # eq. 21
-    metrics |= measure_lead(t, scores, step)
     if t.guard:  # rule save_checked: a block that did not improve the guard pairs is undone
         undone, guard_metrics = t.guard.check(step)
         scores = t.scores(groups, responses, step) if undone else scores
@@ -194,20 +192,3 @@ def improve_value_head(t: RewardSide, scores: GroupScores) -> dict[str, float]:
     engine.backward(loss)
     engine.step(divisor=c.batch_size)
     return {"value/loss": summed(loss.item())[0] / c.batch_size}
-
-
-def measure_lead(t: RewardSide, scores: GroupScores, step: int) -> dict[str, float]:
-    """Rules with two losses only (ours): mean reward of the batch minus that of a batch of preference pairs.
-
-    Half of the pairs' responses are the better ones. So above 0 more than half of the batch looks right to the reward
-    model, without gold. The running mean is part of the trainer's state.
-    """
-    if not t.rule.otherwise or t.rule.checked:
-        return {}
-    rm, mine = t.reward_model, share(t.batch(t.data.pairs, step))
-    pairs = score_groups(rm, encode_pairs(rm, mine), t.config)
-    of_batch, of_pairs, processes = summed(scores.rewards.mean().item(), pairs.rewards.mean().item(), 1)
-    now = (of_batch - of_pairs) / processes  # all processes have as many
-    require_finite("the lead over preference pairs", now, "reward_model")
-    t.state["lead"] = running_mean(t.state.get("lead"), now)
-    return {"reward/lead": now}

@@ -47,14 +47,12 @@ class RewardSide:
 
     reward_model: stage 1's folder or hub id; others: those of an ensemble's other members. trained: the folder of
     stage 2, or of a checkpoint's reward model.
-    state: numbers that a step hands to the next ones, part of a checkpoint.
     """
 
     def __init__(
         self, config: Config, data: Data, reward_model: str, trained: Path | str | None, others: Sequence[str] = ()
     ):
         self.config, self.data, self.rule = config, data, RULES[config.rule]
-        self.state: dict[str, float] = {}
         if self.rule.by_gold and not any(p.has_gold for p in data.prompts):
             raise ConfigError(
                 f"rule = {config.rule!r} needs prompts whose right answers are known, and prompts = {config.prompts!r} "
@@ -85,9 +83,7 @@ class RewardSide:
     @property
     def turned_round(self) -> bool:
         """Whether a rule with two losses takes the other one now."""
-        if self.guard:
-            return self.guard.state.form == 1
-        return self.rule.otherwise is not None and self.state.get("lead", 0.0) > 0
+        return self.guard is not None and self.guard.state.form == 1
 
     def batch(self, rows: list, step: int) -> list:
         """The batch_size rows of a step (from 1), from epochs of seeded permutations."""

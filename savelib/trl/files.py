@@ -30,7 +30,7 @@ def save_side(side: RewardSide, folder: Path) -> None:
         tensors["guard"] = side.guard.tensors()
     for name, of_it in tensors.items():
         save_file({k: v.detach().cpu().contiguous() for k, v in of_it.items()}, folder / f"{name}.safetensors")
-    numbers = {"state": side.state, "guard": side.guard.numbers() if side.guard else {}}
+    numbers = {"guard": side.guard.numbers() if side.guard else {}}
     (folder / "save.json").write_text(json.dumps(numbers | {"made_with": side.config.only(*SAME)}, indent=2))
 
 
@@ -44,7 +44,6 @@ def loaded_side(folder: Path, side: RewardSide, source: str) -> RewardSide:
     side = RewardSide(side.config, side.data, source, _trained(folder, side.config))
     for name, engine in side.engines.items():
         engine.load_state(load_file(folder / f"{name}_optimizer.safetensors"))
-    side.state = saved["state"]
     if side.guard:
         side.guard.load(saved["guard"], load_file(folder / "guard.safetensors"))
     return side
