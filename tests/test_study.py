@@ -210,7 +210,7 @@ def test_a_grid_runs_every_cell_at_every_combination_in_every_world(tmp_path):
 
 
 def test_an_axis_of_named_settings_sets_several_fields_at_once(tmp_path):
-    starts = {"overfit": {"bt_head_lr": 0.01}, "biased": {"bt_head_lr": 0.001, "label_bias": 0.65}}
+    starts = {"overfit": {"bt_head_lr": 0.01, "label_bias": 0}, "biased": {"bt_head_lr": 0.001, "label_bias": 0.65}}
     study = read_study(made(tmp_path, grid={"start": starts, "feature_offset": [0, 6]}, worlds=7))
     jobs = [job for job in jobs_of(study, [1]) if job.cell == study.cells[0].name]
     found = [(j.setting, j.config.bt_head_lr, j.config.label_bias, j.config.feature_offset) for j in jobs]
