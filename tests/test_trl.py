@@ -208,7 +208,7 @@ def test_nobody_kept_is_no_optimizer_step(base, tmp_path):
 
 # files
 
-CHECKED = dict(rule="save_checked", guard_pairs=4, guard_every=1, lora_rank=4)
+CHECKED = dict(rule="save_checked", guard_pairs=4, guard_every=1, lora_rank=4, initial_margin=0.3)
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapters"])

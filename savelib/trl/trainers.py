@@ -145,7 +145,7 @@ class _Save:
                 self.reward_side = loaded_side(Path(folder) / "reward_model", self.reward_side, self.reward_source)
         result = super().train(resume_from_checkpoint, *more, **others)
         if self.reward_side.guard:
-            say(self.reward_side.guard.finish())
+            say(self.reward_side.guard.finish(self.state.global_step))
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
