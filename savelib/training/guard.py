@@ -41,7 +41,7 @@ class Guard:
         self.pairs = FixedPairs(rm, pairs, config)
         self.certificate = FixedPairs(rm, certificate, config) if certificate else None
         self.state, self.accepted, self.undone, self.looks, self.certified_at = GuardState(), 0, 0, 0, 0
-        self.confirmed = self._copy() | {"margins": self.pairs.margins()}
+        self._confirm(self.pairs.margins())
         self.start = self.certificate.margins() if self.certificate else torch.zeros(0)
         self.returned = self._copy() if certificate else {}
 
@@ -57,7 +57,7 @@ class Guard:
             if self.resting:
                 self.state = self.state.rested()
             elif torch.equal(now := self.pairs.margins(), self.confirmed["margins"]):
-                self.confirmed = self._copy() | {"margins": now}  # the filter kept nothing: V alone has moved
+                self._confirm(now)  # the filter kept nothing: V alone has moved
             else:
                 metrics["guard/z"] = improvement_z(now, self.confirmed["margins"])
                 undone = self._decide(metrics["guard/z"] > ACCEPT, now, step)
@@ -70,7 +70,7 @@ class Guard:
             self._restore(self.confirmed)
             return True
         self.accepted += 1
-        self.confirmed = self._copy() | {"margins": now}
+        self._confirm(now)
         if self.certificate:
             self.looks += 1
             c, after = self.config, self.certificate.margins()
@@ -94,6 +94,9 @@ class Guard:
         return f"{said}; no look was conclusive, so the reward model of the start is returned"
 
     # what a block may change
+
+    def _confirm(self, margins: Tensor) -> None:
+        self.confirmed = self._copy() | {"margins": margins}
 
     def _copy(self) -> dict[str, Tensor]:
         return {f"{name}.{k}": v for name in GUARDED for k, v in self.engines[name].copy().items()}

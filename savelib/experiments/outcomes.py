@@ -1,4 +1,4 @@
-"""What a study of remedies says: gold against KL, paired differences to the reference, when to take which.
+"""What came out of a study: gold against KL, paired differences to the reference, when to take which cell.
 
 Points and percent throughout. Differences are taken run by run, intervals are Student's 95% over worlds, and resolved
 means that the interval leaves out 0.
