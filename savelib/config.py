@@ -472,7 +472,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         eval_preferences="data/smol_heldout_preferences.jsonl", eval_prompts_source="data/smol_heldout_prompts.jsonl",
         bt_epochs=10, bt_batch_size=8, bt_backbone_lr=0.0, bt_head_lr=1e-3,
         anchor_prompts=32, anchor_responses=4, anchor_lr=1e-3, anchor_epochs=40, anchor_batch_size=16,
-        total_steps=10, batch_size=4, group_size=8, backbone_lr=0.0, reward_head_lr=5e-4, value_head_lr=1e-3,
+        total_steps=20, batch_size=4, group_size=8, backbone_lr=0.0, reward_head_lr=5e-4, value_head_lr=1e-3,
         policy_lr=5e-5, max_new_tokens=32, checkpoint_every=10, eval_every=0, eval_prompts=60, micro_batch_groups=8,
         micro_batch_responses=16, rollout_rows=128, guard_pairs=40,
     ),

@@ -163,6 +163,16 @@ def test_runs_that_measured_at_other_steps_are_drawn_from_left_to_right():
     assert line.get_xdata().tolist() == [3, 4, 5, 6]
 
 
+def test_figures_of_two_runs_show_running_means():
+    samples = pd.DataFrame({"step": [1, 1, 2, 2], "response": ["a.c", "abc", "a.c", "a.c"]})
+    (line,) = plots.saying("a.c", {"save": samples}, Figure().add_subplot()).lines
+    assert line.get_ydata().tolist() == [0.5, 0.75], "the text itself, not a pattern; the mean of both steps"
+    rows = pd.DataFrame({"policy/kl_response": [0.0, 1.0, 2.0], "gold/success_rate": [0.2, 0.4, 0.9]})
+    line, end = plots.batch_gold_against_kl({"save": rows}, Figure().add_subplot(), window=2).lines
+    assert line.get_xdata().tolist() == [0.5, 1.5] and line.get_ydata().tolist() == pytest.approx([0.3, 0.65])
+    assert end.get_xdata().tolist() == [1.5]
+
+
 def test_a_page_folds_code_without_a_result_and_long_output(page):
     assert "<summary>20 lines of output, the last: step 19 &lt;b&gt;</summary>" in page
     assert len(re.findall(r'<details class="code" open', page)) == 3 == page.count('<details class="code"') - 1

@@ -18,12 +18,14 @@ from savelib.plots.formulas import (
 )
 from savelib.plots.outcomes import changes_by_cell
 from savelib.plots.runs import (
+    batch_gold_against_kl,
     change_dots,
     intervals,
     lines,
     metric,
     push_against_success,
     sample_rewards,
+    saying,
 )
 from savelib.plots.studies import (
     VERDICTS,
@@ -39,9 +41,9 @@ from savelib.plots.style import PAPER, nothing_to_show, use_style
 from savelib.show.colours import COLOURS, LINES
 
 __all__ = [
-    "COLOURS", "LINES", "PAPER", "VERDICTS", "bt_curve", "by_threshold", "calibration", "cell_colours",
-    "change_dots", "changes_by_cell", "course", "epoch_losses", "filtered_groups", "forces_by_share",
+    "COLOURS", "LINES", "PAPER", "VERDICTS", "batch_gold_against_kl", "bt_curve", "by_threshold", "calibration",
+    "cell_colours", "change_dots", "changes_by_cell", "course", "epoch_losses", "filtered_groups", "forces_by_share",
     "gold_against_kl", "intervals", "kept_over_time", "lines", "margin_histogram", "metric", "nothing_to_show",
-    "over_worlds", "paired_differences", "push_against_success", "pushes", "remedy_looks", "sample_rewards",
+    "over_worlds", "paired_differences", "push_against_success", "pushes", "remedy_looks", "sample_rewards", "saying",
     "thresholds", "use_style", "value_against_reward", "verdict_dots",
 ]  # fmt: skip

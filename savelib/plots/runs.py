@@ -90,6 +90,32 @@ def sample_rewards(samples: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axe
     return ax
 
 
+def saying(text: str, samples: dict[str, pd.DataFrame], ax: plt.Axes | None = None, window: int = 10) -> plt.Axes:
+    """Share of the logged responses that hold a text, a running mean over `window` steps; samples: rule -> a run's."""
+    ax = ax or plt.gca()
+    for rule, rows in samples.items():
+        share = rows["response"].str.contains(text, regex=False).groupby(rows["step"]).mean()
+        ax.plot(share.rolling(window, min_periods=1).mean(), color=COLOURS.get(rule), label=rule)
+    ax.set(xlabel="step", ylabel="share of the logged responses\n(neither way is better)")
+    ax.set_title(f"How many responses say '{text}'\none run of each, mean of {window} steps")
+    ax.legend()
+    return ax
+
+
+def batch_gold_against_kl(metrics: dict[str, pd.DataFrame], ax: plt.Axes | None = None, window: int = 5) -> plt.Axes:
+    """The batch's gold as the policy moves, running means over `window` steps; metrics: rule -> its run's."""
+    ax = ax or plt.gca()
+    for rule, rows in metrics.items():
+        of = rows[["policy/kl_response", "gold/success_rate"]].dropna()
+        of = of.rolling(min(window, len(of))).mean().dropna()
+        (line,) = ax.plot(*of.to_numpy().T, color=COLOURS.get(rule), label=rule)
+        ax.plot(*of.iloc[-1:].to_numpy().T, "o", color=line.get_color())
+    ax.set(xlabel="KL to the initial policy, nats a response", ylabel="gold of the batch\n(higher is better)")
+    ax.set_title(f"What the policy gains as it moves\none run of each, mean of {window} steps")
+    ax.legend()
+    return ax
+
+
 def push_against_success(metrics: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
     """D - A against the share of right responses, one dot per step; shaded: the push is down on mostly good ones."""
     ax = ax or plt.gca()
