@@ -11,7 +11,7 @@ from scipy import stats
 from savelib.config import make_config
 from savelib.experiments.cells import jobs_of, read_study
 from savelib.experiments.language_model import STEP_METRICS, WINDOW, gold_at_kl, paired, read_responses, read_steps
-from savelib.experiments.stored_responses import Stored, accuracies, improve, start
+from savelib.experiments.stored_responses import FAST, LAGGING, Stored, accuracies, improve, start
 from savelib.experiments.summary import read_tables
 
 SHIPPED = "data/results/studies/smol_loop"
@@ -113,3 +113,9 @@ def test_a_level_that_falls_leaves_the_value_head_behind(stored):
         head, value = start(of, config, 0)
         found.append(improve(of, head, value, "save", 1e-2, config, 0))
     assert found[1]["lag"] > found[0]["lag"] + 0.5 and found[1]["valid groups"] < found[0]["valid groups"]
+    slow = config.model_copy(update={"value_head_lr": 1e-3})
+    runs = {rule: improve(of, head, value, rule, 1e-2, slow, 0) for rule in ("save", FAST, "mean_reward", LAGGING)}
+    pairs, lag = ({rule: run[name] for rule, run in runs.items()} for name in ("held-out pairs", "lag"))
+    assert lag["mean_reward"] == 0 < lag[FAST] < lag["save"] / 2 < 1 < lag[LAGGING]
+    assert pairs[FAST] < pairs["save"] - 20, "a V that keeps up takes SAVE's brake away"
+    assert pairs[LAGGING] > pairs["mean_reward"] + 20, "an anchor that lags gives Mean Reward one"

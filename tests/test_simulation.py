@@ -103,6 +103,20 @@ def test_paper_form_helps_where_most_is_wrong_and_harms_where_most_is_right():
     assert changes[0] > 10 and changes[1] > 3 and changes[2] < -15
 
 
+def test_with_an_offset_the_falling_level_harms_unless_the_anchor_lags():
+    settings = [Setting(success=0.2, offset=o, anchor_memory=m) for o, m in ((0.0, 0.0), (6.0, 0.0), (6.0, 1.0))]
+    found = {form: over_seeds(simulate(form, settings, range(6))) for form in ("save", "mean_reward", "hl_bt")}
+    for form in ("save", "mean_reward"):
+        plain, follows, lags = found[form]["change"]
+        assert plain > 15 and follows < -2 < 0 < lags + 1, form
+        assert found[form]["drift"][1] < 4 * found[form]["drift"][2] < -4, "a lagging anchor ends the fall"
+    assert found["hl_bt"]["change"].std() < 0.5, "no net force: nothing moves the level"
+    worlds = Worlds(settings[1:2], range(4))
+    z, mean, right = worlds.groups(1)
+    within = (z - z.mean(2, keepdim=True)).square().sum(-1).mean().sqrt()
+    assert (mean.mean((0, 1)).norm() / within).item() == pytest.approx(6.0, rel=0.1)
+
+
 def test_either_way_pushes_up_where_most_looks_right():
     settings = [Setting(success=p) for p in (0.1, 0.9)]
     paper, ours = (over_seeds(simulate(form, settings, range(6)))["change"] for form in ("save", "save_either_way"))

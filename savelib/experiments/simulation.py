@@ -1,8 +1,8 @@
 """SAVE without models: a linear reward head on clustered features, seconds a setting; which rule helps, and when.
 
-A response has features z = mu_x + separation * y * u + nuisance * e * v + noise in R^64: y = +-1 is its quality (right
-with probability `success`), e = +-1 a style that gold ignores. The reward is w . z, the prompt value exact. The losses
-and the rules are those of real runs.
+A response has features z = offset + mu_x + separation * y * u + nuisance * e * v + noise in R^64: y = +-1 is its
+quality (right with probability `success`), e = +-1 a style that gold ignores. The reward is w . z, the prompt value
+exact, or that of a reward model that lags behind. The losses and the rules are those of real runs.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Setting(BaseModel):
     nuisance: float = Field(0.0, ge=0, description="the same of a style that gold ignores")
     reward_scale: float = Field(1.0, gt=0, description="sd of the rewards in a half-right group at the start")
     label_noise: float = Field(0.3, ge=0, lt=0.5, description="share of flipped labels among the pairs")
+    offset: float = Field(0.0, ge=0, description="norm of a constant vector in all features, in spreads within a group")
+    anchor_memory: float = Field(
+        0.0, ge=0, le=1, description="the anchor is of the heads' running mean; 1: of the first"
+    )
     lr: float = Field(3e-3, gt=0, description="Adam's learning rate of the reward head")
     offline_weight: float = Field(0.0, ge=0, description="weight of eq. 11 on the pairs, beside the rule's loss")
     pairs: int = Field(40, ge=1, description="preference pairs that the initial reward head is fitted on")
@@ -94,12 +98,17 @@ class Worlds:
             z += (self.each("nuisance")[:, None] * self.style)[:, None, None] * style[..., None]
         return z
 
+    def offset(self) -> Tensor:
+        """The constant vector [W, D] of all features; the spread is that of a half-right group. It needs no draw."""
+        spread = (DIMENSION + self.each("separation") ** 2 + self.each("nuisance") ** 2).sqrt()
+        return (self.each("offset") * spread / math.sqrt(DIMENSION))[:, None].expand(-1, DIMENSION)
+
     def groups(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The batch of a step: z [W, B, G, D], its mean for each prompt [W, B, D], right [W, B, G]."""
         success = self.success(step)[:, None, None]
         uniform = torch.special.ndtr(self._normal(self.shape.batch_size, self.shape.group_size))
         right = torch.where(uniform < success, 1.0, -1.0)  # [W, B, G]
-        prompts = self._normal(self.shape.batch_size, DIMENSION)  # mu_x
+        prompts = self._normal(self.shape.batch_size, DIMENSION) + self.offset()[:, None]  # mu_x
         mean = prompts + self.each("separation")[:, None, None] * (2 * success - 1) * self.quality[:, None]
         return self.features(right) + prompts[:, :, None], mean, right
 
@@ -108,7 +117,7 @@ class Worlds:
         z = self.features(torch.tensor([1.0, -1.0]).expand(len(self.quality), self.shape.pairs, 2))
         uniform = torch.special.ndtr(self._normal(self.shape.pairs))
         flipped = torch.where(uniform < self.each("label_noise")[:, None], -1.0, 1.0)  # [W, N]
-        return (z[:, :, 0] - z[:, :, 1]) * flipped[..., None], z.mean((1, 2))
+        return (z[:, :, 0] - z[:, :, 1]) * flipped[..., None], z.mean((1, 2)) + self.offset()
 
     def accuracy(self, heads: Tensor) -> Tensor:
         """heads w [W, D] -> [W], the probability that a fresh right response beats a wrong one of its prompt."""
@@ -144,17 +153,19 @@ def pair_gradient(heads: Tensor, pairs: Tensor) -> Tensor:
 
 
 def head_gradient(
-    rule: Rule, heads: Tensor, z: Tensor, mean: Tensor, threshold: float, mostly_right: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+    rule: Rule, heads: Tensor, z: Tensor, mean: Tensor, threshold: float, mostly_right: Tensor | None = None,
+    of_anchors: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Gradient [W, D] of a rule's loss, each world's own, and what its batch showed, [W] each.
 
     heads [W, D], z [W, B, G, D], mean [W, B, D] (the prompts' expected features, so that V is exact), mostly_right [W]
-    bool: where the rule's other loss holds, if it has one.
+    bool: where the rule's other loss holds, if it has one. of_anchors [W, D]: the heads that anchors are of, if others.
     """
     worlds, prompts = z.shape[:2]
     rewards = torch.einsum("wbgd,wd->wbg", z, heads).flatten(0, 1).requires_grad_()  # [W * B, G]
-    exact = torch.einsum("wbd,wd->wb", mean, heads).flatten()  # [W * B]
-    anchors = (exact if rule.anchor == "value" else rewards.detach().mean(1)).requires_grad_()
+    middle = mean if rule.anchor == "value" else z.mean(2)  # of the prompt's distribution, or of the group
+    anchors = torch.einsum("wbd,wd->wb", middle, heads if of_anchors is None else of_anchors).flatten()  # [W * B]
+    anchors.requires_grad_()
     sides = partition(rm_advantages(rewards.detach(), anchors.detach()), threshold)
     eligible = torch.ones_like(sides.positive)
     used = rule.groups(sides, eligible)  # [W * B]
@@ -189,12 +200,15 @@ def trajectory(form: str | Rule, settings: Sequence[Setting], seeds: Iterable[in
     optimizer = torch.optim.Adam([moved], lr=1.0)
     lead = None  # running mean of how far the responses' mean reward is above the pairs'
     heads, offline = start, worlds.each("offline_weight")[:, None] + float(bool(rule.pairs))
+    of_anchors, memory = start, worlds.each("anchor_memory")[:, None]
     for step in range(1, shape.total_steps + 1):
         gradient, seen = torch.zeros_like(heads), {}
         if rule.loss is not None:
             z, mean, _ = worlds.groups(step)
             threshold = curriculum_threshold(step, shape.total_steps, shape.initial_margin)
-            gradient, seen = head_gradient(rule, heads, z, mean, threshold, None if lead is None else lead > 0)
+            of_anchors = memory * of_anchors + (1 - memory) * heads
+            mostly_right = None if lead is None else lead > 0
+            gradient, seen = head_gradient(rule, heads, z, mean, threshold, mostly_right, of_anchors)
             now = seen["mean_reward"] - (heads * worlds.middle).sum(1)
             lead = now if lead is None else MEMORY * lead + (1 - MEMORY) * now
         if offline.any():

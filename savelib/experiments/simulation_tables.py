@@ -83,12 +83,28 @@ def with_pairs(forms: Iterable[str] = ("save", "spread"), seeds: Iterable[int] =
     return pd.concat(table, ignore_index=True)
 
 
+def level(forms: Iterable[str] = ("save", "mean_reward", "hl_bt"), seeds: Iterable[int] = FRESH) -> pd.DataFrame:
+    """Forms with a constant vector in all features, whose anchor follows the level of the rewards at once or lags.
+
+    A lagging V is SAVE's brake: responses that all lie below it have one side only, and the group has no loss.
+    """
+    table = []
+    for form in forms:
+        cells = list(itertools.product((0.0, 6.0), (0.0, 0.9, 1.0), PATHS[:4]))
+        settings = [Setting(success=p, offset=o, anchor_memory=m) for o, m, (p, _) in cells]
+        rows = over_seeds(simulate(form, settings, seeds)).assign(form=form)
+        rows[["offset", "anchor_memory", "success"]] = [(o, m, p) for o, m, (p, _) in cells]
+        table.append(rows)
+    return pd.concat(table, ignore_index=True)
+
+
 TABLES = Tables(
     "simulation",
     {
         "courses": courses,
         "phase": phase_diagram,
         "with_pairs": with_pairs,
+        "level": level,
         "forms": lambda: pd.concat([forms_table(60, FORMS), forms_table(240, LONG)], ignore_index=True),
     },
     "minutes",

@@ -30,7 +30,9 @@ from savelib.training.scoring import embed_groups, encode_groups, encode_pairs, 
 from savelib.training.trainer import load_data
 
 PROMPTS, SPLITS, STEPS = 150, 20, 30
-RULES_HERE = ("save", "mean_reward", "hl_bt", "offline_bt", "gold")  # gold: Bradley-Terry on right against wrong
+FAST, LAGGING = "save, V 10 times as fast", "mean_reward, anchors of the first head"  # what brakes SAVE
+# gold: Bradley-Terry on right against wrong
+RULES_HERE = ("save", FAST, "mean_reward", LAGGING, "hl_bt", "offline_bt", "gold")
 RATES = (5e-4, 2e-3)  # of the reward head: that of profile smol, and four times it
 PAIRS_KEPT = 0.8  # share of the pairs that a split trains on
 
@@ -116,16 +118,18 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 def improve(
     stored: Stored, head: Tensor, value: nn.Linear, rule: str, lr: float, config: Config, split: int
 ) -> dict[str, float]:
-    """STEPS steps of a rule from these heads: accuracies at the end, and what the filter did on average."""
+    """STEPS steps of one of `RULES_HERE` from these heads: accuracies at the end, what the filter did on average."""
     seed_everything("order", split)
-    head, value, seen = nn.Parameter(head.clone()), copy.deepcopy(value), []
+    first, head, value, seen = head, nn.Parameter(head.clone()), copy.deepcopy(value), []
     of_head = torch.optim.AdamW([head], lr=lr, weight_decay=0.0)
-    of_value = torch.optim.AdamW(value.parameters(), lr=config.value_head_lr, weight_decay=0.0)
+    value_lr = config.value_head_lr * (10 if rule == FAST else 1)
+    of_value = torch.optim.AdamW(value.parameters(), lr=value_lr, weight_decay=0.0)
     for step in range(1, STEPS + 1):
         rows = torch.randperm(len(stored.groups))[: config.batch_size]
         rewards, finished = stored.groups[rows] @ head, stored.finished[rows]  # [B, G]
         values = value(stored.prompts[rows]).squeeze(-1)
-        anchors = (values if rule == "save" else rewards.mean(1)).detach()
+        means = (stored.groups[rows] @ first if rule == LAGGING else rewards).mean(1)
+        anchors = (values if rule in ("save", FAST) else means).detach()
         threshold = curriculum_threshold(step, STEPS, config.initial_margin)
         sides = partition(rm_advantages(rewards.detach(), anchors), threshold, finished)
         lag = (anchors - rewards.detach().mean(1)).mean() / rewards.detach().std(1).mean()
@@ -135,8 +139,8 @@ def improve(
             better, worse = pairs.T if rule == "offline_bt" else _ordered(rewards, stored.gold[rows])
             loss = bradley_terry_loss(better, worse) if len(better) else None
         else:
-            some = RULES[rule].groups(sides, finished).any()
-            loss = RULES[rule].loss(rewards, anchors, sides, finished) if some else None
+            of = RULES[rule.partition(",")[0]]
+            loss = of.loss(rewards, anchors, sides, finished) if of.groups(sides, finished).any() else None
         if loss is not None:
             _step(of_head, loss)
         _step(of_value, value_loss(values, (stored.groups[rows] @ head).detach()))
