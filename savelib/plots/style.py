@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import matplotlib.pyplot as plt
 import seaborn as sns
 
@@ -12,6 +14,8 @@ PAPER = {"color": "0.55", "linestyle": "--", "linewidth": 1}  # how the paper's 
 
 def use_style() -> None:
     """Set the workbook's look for all following figures."""
+    # matplotlib warns by the clock: on a busy machine of any legend whose place it looks for itself
+    warnings.filterwarnings("ignore", message='Creating legend with loc="best"')
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
     plt.rcParams.update(
         {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (6, 3.4)}
