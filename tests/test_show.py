@@ -168,7 +168,7 @@ def test_figures_of_two_runs_show_running_means():
     (line,) = plots.saying("a.c", {"save": samples}, Figure().add_subplot()).lines
     assert line.get_ydata().tolist() == [0.5, 0.75], "the text itself, not a pattern; the mean of both steps"
     rows = pd.DataFrame({"policy/kl_response": [0.0, 1.0, 2.0], "gold/success_rate": [0.2, 0.4, 0.9]})
-    line, end = plots.batch_gold_against_kl({"save": rows}, Figure().add_subplot(), window=2).lines
+    line, end = plots.batch_gold_against_kl({"save": [rows]}, Figure().add_subplot(), window=2).lines
     assert line.get_xdata().tolist() == [0.5, 1.5] and line.get_ydata().tolist() == pytest.approx([0.3, 0.65])
     assert end.get_xdata().tolist() == [1.5]
 

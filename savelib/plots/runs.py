@@ -102,13 +102,15 @@ def saying(text: str, samples: dict[str, pd.DataFrame], ax: plt.Axes | None = No
     return ax
 
 
-def batch_gold_against_kl(metrics: dict[str, pd.DataFrame], ax: plt.Axes | None = None, window: int = 5) -> plt.Axes:
-    """The batch's gold as the policy moves, running means over `window` steps; metrics: rule -> its run's."""
+def batch_gold_against_kl(
+    groups: dict[str, list[pd.DataFrame]], ax: plt.Axes | None = None, window: int = 5
+) -> plt.Axes:
+    """The batch's gold as the policy moves, means over `window` steps; groups as for `metric`, of one run each."""
     ax = ax or plt.gca()
-    for rule, rows in metrics.items():
+    for label, (rows,) in groups.items():
         of = rows[["policy/kl_response", "gold/success_rate"]].dropna()
         of = of.rolling(min(window, len(of))).mean().dropna()
-        (line,) = ax.plot(*of.to_numpy().T, color=COLOURS.get(rule), label=rule)
+        (line,) = ax.plot(*of.to_numpy().T, color=COLOURS.get(label.split(",")[0]), label=label)
         ax.plot(*of.iloc[-1:].to_numpy().T, "o", color=line.get_color())
     ax.set(xlabel="KL to the initial policy, nats a response", ylabel="gold of the batch\n(higher is better)")
     ax.set_title(f"What the policy gains as it moves\none run of each, mean of {window} steps")
