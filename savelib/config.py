@@ -474,7 +474,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         anchor_prompts=32, anchor_responses=4, anchor_lr=1e-3, anchor_epochs=40, anchor_batch_size=16,
         total_steps=20, batch_size=4, group_size=8, backbone_lr=0.0, reward_head_lr=5e-4, value_head_lr=1e-3,
         policy_lr=5e-5, max_new_tokens=32, checkpoint_every=10, eval_every=0, eval_prompts=60, micro_batch_groups=8,
-        micro_batch_responses=16, rollout_rows=128, guard_pairs=40,
+        micro_batch_responses=16, rollout_rows=128, guard_pairs=40, meta_lr=0.1,
     ),
     # the paper's models and data on one GPU. Adapters want about ten times the learning rate of full weights
     "single_gpu": _ONE

@@ -9,10 +9,22 @@ import torch
 from scipy import stats
 
 from savelib.config import make_config
+from savelib.experiments import stored_responses
 from savelib.experiments.cells import jobs_of, read_study
 from savelib.experiments.language_model import STEP_METRICS, WINDOW, gold_at_kl, paired, read_responses, read_steps
-from savelib.experiments.stored_responses import FAST, LAGGING, Stored, accuracies, improve, start
+from savelib.experiments.stored_responses import (
+    FAST,
+    LAGGING,
+    RATES,
+    Stored,
+    accuracies,
+    changes,
+    fine_tuned,
+    improve,
+    start,
+)
 from savelib.experiments.summary import read_tables
+from savelib.models.loading import load_reward_model, reward_source
 
 SHIPPED = "data/results/studies/smol_loop"
 
@@ -89,6 +101,46 @@ def test_true_labels_improve_a_head_and_offsets_are_removed(stored):
     )
     assert shifted.offset > 4 > stored.offset > shifted.centred().offset
     torch.testing.assert_close(shifted.centred().groups, stored.centred().groups)
+
+
+def test_metarm_is_offline_training_that_looks_ahead(stored):
+    heads = {}
+    for rule, rate in (("offline_bt", 1e-12), ("metarm", 1e-12), ("metarm, far", 5.0)):
+        config = make_config(profile="smol", meta_lr=rate)
+        head, value = start(stored, config, 0)
+        heads[rule] = improve(stored, head, value, rule.partition(",")[0], 1e-2, config, 0)
+    assert heads["metarm"] == pytest.approx(heads["offline_bt"])
+    assert heads["metarm, far"]["stored responses"] != pytest.approx(heads["offline_bt"]["stored responses"], abs=0.1)
+
+
+def test_the_table_has_each_backbone_raw_and_centred(stored, monkeypatch):
+    monkeypatch.setattr(stored_responses, "SPLITS", 3)
+    monkeypatch.setattr(stored_responses, "RULES_HERE", ("save", "hl_bt"))
+    config = make_config(profile="smol")
+    far = replace(stored, **{name: getattr(stored, name) + 5.0 for name in ("pairs", "heldout", "groups", "prompts")})
+    table = changes({"frozen": stored, "fine-tuned": far}, config)
+    keys = ["backbone", "features", "rule", "reward_head_lr"]
+    assert len(table) == len(table[keys].drop_duplicates()) == 2 * 2 * 2 * len(RATES)
+    offset = table.groupby(["backbone", "features"])["offset"].first()
+    assert offset["fine-tuned", "raw"] > 4 > offset["frozen", "raw"] > offset["fine-tuned", "centred"]
+    starts = [start(stored, config, split) for split in range(3)]
+    by_hand = [
+        improve(stored, head, value, "hl_bt", RATES[2], config, split)["held-out pairs"]
+        - accuracies(stored, head)["held-out pairs"]
+        for split, (head, value) in enumerate(starts)
+    ]
+    row = table.set_index(keys).loc["frozen", "raw", "hl_bt", RATES[2]]
+    assert row["change"] == pytest.approx(sum(by_hand) / 3)
+    assert row["low"] <= row["change"] <= row["high"]
+
+
+def test_a_backbone_is_trained_on_the_pairs():
+    config = make_config(bt_backbone_lr=0.0)
+    trained = fine_tuned(config)
+    plain = load_reward_model(reward_source(config), config, torch.device("cpu"))
+    tuned = load_reward_model(reward_source(trained), trained, torch.device("cpu"))
+    moved = [(a - b).abs().max() > 0 for a, b in zip(plain.parameters(), tuned.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
 
 
 def test_accuracies_are_those_of_a_plain_loop(stored):

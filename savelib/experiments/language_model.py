@@ -16,6 +16,7 @@ STEP_METRICS = (
     "gold/success_rate", "gold/pseudo_label_accuracy", "policy/kl", "policy/responses", "reward/mean",
     "reward/std_in_group", "filter/kept", "filter/valid_prompts", "value/lag", "response/tokens",
 )  # fmt: skip
+ENDS = {"eval/rm_accuracy": "held-out pairs", "eval/rm_accuracy_current": "current responses", "eval/gold": "gold"}
 WINDOW = 5  # steps of a running mean: one step's gold is a share of few responses
 
 
@@ -46,6 +47,13 @@ def _steps(run: str) -> pd.DataFrame:
 def _ends(run: str) -> pd.DataFrame:
     samples = read_samples(run)
     return samples[samples["step"].isin([samples["step"].min(), samples["step"].max()])]
+
+
+def ends(courses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Where each run began and ended, in percent: two tables by cell and seed, one column per measure of `ENDS`."""
+    by_run = courses.sort_values("step")[["cell", "seed", *ENDS]].groupby(["cell", "seed"])
+    first, last = (at.mul(100).rename(columns=ENDS) for at in (by_run.first(), by_run.last()))
+    return first, last
 
 
 def gold_at_kl(steps: pd.DataFrame, levels: list[float]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Rules on a real language model without a policy that moves: a reward head on hidden states of stored responses.
 
-The responses are SmolLM2's to the RL prompts of profile `smol`, sampled once. The losses are those of real runs.
+The responses are SmolLM2's to the RL prompts of profile `smol`, sampled once. The losses are those of real runs. The
+states are those of the plain backbone or of one that was trained on the pairs, as they are or less their mean.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from savelib.method import (
     RULES,
     bradley_terry_loss,
     curriculum_threshold,
+    metarm_difference,
     partition,
     rm_advantages,
     value_loss,
@@ -27,13 +29,15 @@ from savelib.models.loading import load_policy, load_reward_model, policy_source
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import sample
 from savelib.training.scoring import embed_groups, encode_groups, encode_pairs, micro_batches
+from savelib.training.stages import preference_stage
 from savelib.training.trainer import load_data
 
 PROMPTS, SPLITS, STEPS = 150, 20, 30
 FAST, LAGGING = "save, V 10 times as fast", "mean_reward, anchors of the first head"  # what brakes SAVE
 # gold: Bradley-Terry on right against wrong
-RULES_HERE = ("save", FAST, "mean_reward", LAGGING, "hl_bt", "offline_bt", "gold")
-RATES = (5e-4, 2e-3)  # of the reward head: that of profile smol, and four times it
+RULES_HERE = ("save", FAST, "mean_reward", LAGGING, "hl_bt", "offline_bt", "metarm", "gold")
+RATES = (1e-4, 5e-4, 2e-3)  # of the reward head, for every rule: that of profile smol, a fifth and four times it
+FINE_TUNED = dict(bt_backbone_lr=2e-5, bt_epochs=3)  # stage 1 that trains the backbone too
 PAIRS_KEPT = 0.8  # share of the pairs that a split trains on
 
 
@@ -87,6 +91,12 @@ def collect(config: Config, prompts: int = PROMPTS) -> Stored:
     return Stored(pairs, heldout, said, asked, torch.cat(golds), torch.cat(finished))
 
 
+def fine_tuned(config: Config) -> Config:
+    """The configuration with the reward model of a preference stage that trains the backbone, computed once."""
+    folder = preference_stage(config.model_copy(update=FINE_TUNED), load_data(config).pairs)
+    return config.model_copy(update={"reward_model": folder})
+
+
 def start(stored: Stored, config: Config, split: int) -> tuple[Tensor, nn.Linear]:
     """Stages 1 and 2 on a split's share of the pairs: the reward head [H] and the value head."""
     seed_everything("split", split)
@@ -134,9 +144,12 @@ def improve(
         sides = partition(rm_advantages(rewards.detach(), anchors), threshold, finished)
         lag = (anchors - rewards.detach().mean(1)).mean() / rewards.detach().std(1).mean()
         seen.append({"valid groups": float(sides.valid.float().mean()), "lag": float(lag)})
-        if rule in ("offline_bt", "gold"):
-            pairs = stored.pairs[torch.randperm(len(stored.pairs))[: config.batch_size]] @ head
-            better, worse = pairs.T if rule == "offline_bt" else _ordered(rewards, stored.gold[rows])
+        if rule in ("offline_bt", "metarm", "gold"):
+            ahead = head
+            if rule == "metarm":
+                ahead = head + config.meta_lr * torch.autograd.grad(metarm_difference(rewards, finished), head)[0]
+            pairs = stored.pairs[torch.randperm(len(stored.pairs))[: config.batch_size]] @ ahead
+            better, worse = _ordered(rewards, stored.gold[rows]) if rule == "gold" else pairs.T
             loss = bradley_terry_loss(better, worse) if len(better) else None
         else:
             of = RULES[rule.partition(",")[0]]
@@ -164,23 +177,33 @@ def accuracies(stored: Stored, head: Tensor) -> dict[str, float]:
     }
 
 
-def changes(stored: Stored, config: Config) -> pd.DataFrame:
-    """One row per features, rule and rate: start, mean change on held-out pairs with its 95% interval over splits."""
-    rows = []
-    for features, of in (("raw", stored), ("centred", stored.centred())):
-        starts = [start(of, config, split) for split in range(SPLITS)]
-        before = pd.DataFrame([accuracies(of, head) for head, _ in starts])
-        for rule in RULES_HERE:
-            for lr in RATES:
-                after = pd.DataFrame(
-                    [improve(of, head, value, rule, lr, config, split) for split, (head, value) in enumerate(starts)]
-                )
-                moved = after[list(before)] - before
-                low, high = interval_of_mean(moved["held-out pairs"])
-                rows.append(
-                    {"features": features, "offset": of.offset, "rule": rule, "reward_head_lr": lr,
-                     "start": before["held-out pairs"].mean(), "change": moved["held-out pairs"].mean(),
-                     "low": low, "high": high, "change_stored": moved["stored responses"].mean(),
-                     "valid_groups": after["valid groups"].mean(), "lag": after["lag"].mean(), "splits": SPLITS}
-                )  # fmt: skip
+def changes(of: dict[str, Stored], config: Config) -> pd.DataFrame:
+    """One row per backbone, features, rule and rate: start, mean change on held-out pairs, 95% interval over splits.
+
+    of: the states of each backbone by its name.
+    """
+    parts = []
+    for backbone, stored in of.items():
+        for features, states in (("raw", stored), ("centred", stored.centred())):
+            parts.append(_changes(states, config).assign(backbone=backbone, features=features))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows[["backbone", "features", *rows.columns[:-2]]]
+
+
+def _changes(of: Stored, config: Config) -> pd.DataFrame:
+    starts = [start(of, config, split) for split in range(SPLITS)]
+    before, rows = pd.DataFrame([accuracies(of, head) for head, _ in starts]), []
+    for rule in RULES_HERE:
+        for lr in RATES:
+            after = pd.DataFrame(
+                [improve(of, head, value, rule, lr, config, split) for split, (head, value) in enumerate(starts)]
+            )
+            moved = after[list(before)] - before
+            low, high = interval_of_mean(moved["held-out pairs"])
+            rows.append(
+                {"offset": of.offset, "rule": rule, "reward_head_lr": lr,
+                 "start": before["held-out pairs"].mean(), "change": moved["held-out pairs"].mean(),
+                 "low": low, "high": high, "change_stored": moved["stored responses"].mean(),
+                 "valid_groups": after["valid groups"].mean(), "lag": after["lag"].mean(), "splits": SPLITS}
+            )  # fmt: skip
     return pd.DataFrame(rows)

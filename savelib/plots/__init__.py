@@ -34,6 +34,7 @@ from savelib.plots.studies import (
     gold_against_kl,
     over_worlds,
     paired_differences,
+    paired_panels,
     remedy_looks,
     verdict_dots,
 )
@@ -44,6 +45,6 @@ __all__ = [
     "COLOURS", "LINES", "PAPER", "VERDICTS", "batch_gold_against_kl", "bt_curve", "by_threshold", "calibration",
     "cell_colours", "change_dots", "changes_by_cell", "course", "epoch_losses", "filtered_groups", "forces_by_share",
     "gold_against_kl", "intervals", "kept_over_time", "lines", "margin_histogram", "metric", "nothing_to_show",
-    "over_worlds", "paired_differences", "push_against_success", "pushes", "remedy_looks", "sample_rewards", "saying",
-    "thresholds", "use_style", "value_against_reward", "verdict_dots",
+    "over_worlds", "paired_differences", "paired_panels", "push_against_success", "pushes", "remedy_looks",
+    "sample_rewards", "saying", "thresholds", "use_style", "value_against_reward", "verdict_dots",
 ]  # fmt: skip

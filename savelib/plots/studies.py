@@ -33,6 +33,18 @@ def paired_differences(table: pd.DataFrame, ax: plt.Axes | None = None, colour: 
     return ax
 
 
+def paired_panels(tables: dict[str, pd.DataFrame], title: str) -> plt.Figure:
+    """`paired_differences` side by side, a panel for each of the tables, which have the same rows and are in points."""
+    rows = max(map(len, tables.values()))
+    fig, axes = plt.subplots(
+        1, len(tables), figsize=(11, 1.2 + 0.3 * rows), layout="constrained", sharey=True, squeeze=False
+    )
+    for ax, (name, table) in zip(axes.flat, tables.items(), strict=True):
+        paired_differences(table, ax).set(title=name, xlabel="points (right is better)")
+    fig.suptitle(title, x=0.01, ha="left")
+    return fig
+
+
 def cell_colours(rules: dict[str, str]) -> dict[str, object]:
     """cell -> colour: its rule's for the first cell of a rule, colours of their own for the others."""
     others, found = iter(sns.color_palette("Dark2")), {}
