@@ -16,6 +16,7 @@ from savelib.experiments.stored_responses import (
     FAST,
     LAGGING,
     RATES,
+    WAYS,
     Stored,
     accuracies,
     changes,
@@ -94,7 +95,7 @@ def test_true_labels_improve_a_head_and_offsets_are_removed(stored):
     config = make_config(profile="smol")
     head, value = start(stored, config, 0)
     before = accuracies(stored, head)
-    after = improve(stored, head, value, "gold", 1e-2, config, 0)
+    after = improve(stored, head, value, WAYS["gold"], 1e-2, config, 0)
     assert before["held-out pairs"] > 60 and after["held-out pairs"] > before["held-out pairs"]
     shifted = replace(
         stored, **{name: getattr(stored, name) + 5.0 for name in ("pairs", "heldout", "groups", "prompts")}
@@ -108,14 +109,14 @@ def test_metarm_is_offline_training_that_looks_ahead(stored):
     for rule, rate in (("offline_bt", 1e-12), ("metarm", 1e-12), ("metarm, far", 5.0)):
         config = make_config(profile="smol", meta_lr=rate)
         head, value = start(stored, config, 0)
-        heads[rule] = improve(stored, head, value, rule.partition(",")[0], 1e-2, config, 0)
+        heads[rule] = improve(stored, head, value, WAYS[rule.partition(",")[0]], 1e-2, config, 0)
     assert heads["metarm"] == pytest.approx(heads["offline_bt"])
     assert heads["metarm, far"]["stored responses"] != pytest.approx(heads["offline_bt"]["stored responses"], abs=0.1)
 
 
 def test_the_table_has_each_backbone_raw_and_centred(stored, monkeypatch):
     monkeypatch.setattr(stored_responses, "SPLITS", 3)
-    monkeypatch.setattr(stored_responses, "RULES_HERE", ("save", "hl_bt"))
+    monkeypatch.setattr(stored_responses, "WAYS", {rule: WAYS[rule] for rule in ("save", "hl_bt")})
     config = make_config(profile="smol")
     far = replace(stored, **{name: getattr(stored, name) + 5.0 for name in ("pairs", "heldout", "groups", "prompts")})
     table = changes({"frozen": stored, "fine-tuned": far}, config)
@@ -125,7 +126,7 @@ def test_the_table_has_each_backbone_raw_and_centred(stored, monkeypatch):
     assert offset["fine-tuned", "raw"] > 4 > offset["frozen", "raw"] > offset["fine-tuned", "centred"]
     starts = [start(stored, config, split) for split in range(3)]
     by_hand = [
-        improve(stored, head, value, "hl_bt", RATES[2], config, split)["held-out pairs"]
+        improve(stored, head, value, WAYS["hl_bt"], RATES[2], config, split)["held-out pairs"]
         - accuracies(stored, head)["held-out pairs"]
         for split, (head, value) in enumerate(starts)
     ]
@@ -163,10 +164,12 @@ def test_a_level_that_falls_leaves_the_value_head_behind(stored):
     for offset in (0.0, 5.0):
         of = replace(stored, groups=stored.groups + offset, prompts=stored.prompts + offset)
         head, value = start(of, config, 0)
-        found.append(improve(of, head, value, "save", 1e-2, config, 0))
+        found.append(improve(of, head, value, WAYS["save"], 1e-2, config, 0))
     assert found[1]["lag"] > found[0]["lag"] + 0.5 and found[1]["valid groups"] < found[0]["valid groups"]
     slow = config.model_copy(update={"value_head_lr": 1e-3})
-    runs = {rule: improve(of, head, value, rule, 1e-2, slow, 0) for rule in ("save", FAST, "mean_reward", LAGGING)}
+    runs = {
+        rule: improve(of, head, value, WAYS[rule], 1e-2, slow, 0) for rule in ("save", FAST, "mean_reward", LAGGING)
+    }
     pairs, lag = ({rule: run[name] for rule, run in runs.items()} for name in ("held-out pairs", "lag"))
     assert lag["mean_reward"] == 0 < lag[FAST] < lag["save"] / 2 < 1 < lag[LAGGING]
     assert pairs[FAST] < pairs["save"] - 20, "a V that keeps up takes SAVE's brake away"

@@ -33,12 +33,26 @@ from savelib.training.stages import preference_stage
 from savelib.training.trainer import load_data
 
 PROMPTS, SPLITS, STEPS = 150, 20, 30
-FAST, LAGGING = "save, V 10 times as fast", "mean_reward, anchors of the first head"  # what brakes SAVE
-# gold: Bradley-Terry on right against wrong
-RULES_HERE = ("save", FAST, "mean_reward", LAGGING, "hl_bt", "offline_bt", "metarm", "gold")
 RATES = (1e-4, 5e-4, 2e-3)  # of the reward head, for every rule: that of profile smol, a fifth and four times it
 FINE_TUNED = dict(bt_backbone_lr=2e-5, bt_epochs=3)  # stage 1 that trains the backbone too
 PAIRS_KEPT = 0.8  # share of the pairs that a split trains on
+
+
+@dataclass(frozen=True)
+class Way:
+    """A rule, as it is or with something changed that could brake it."""
+
+    rule: str  # "gold": Bradley-Terry on right against wrong
+    value_rate: float = 1.0  # times the value head's learning rate
+    lags: bool = False  # anchors are those of the first reward head
+
+
+FAST, LAGGING = "save, V 10 times as fast", "mean_reward, anchors of the first head"
+WAYS = {
+    "save": Way("save"), FAST: Way("save", value_rate=10.0), "mean_reward": Way("mean_reward"),
+    LAGGING: Way("mean_reward", lags=True), "hl_bt": Way("hl_bt"), "offline_bt": Way("offline_bt"),
+    "metarm": Way("metarm"), "gold": Way("gold"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,33 +140,32 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def improve(
-    stored: Stored, head: Tensor, value: nn.Linear, rule: str, lr: float, config: Config, split: int
+    stored: Stored, head: Tensor, value: nn.Linear, way: Way, lr: float, config: Config, split: int
 ) -> dict[str, float]:
-    """STEPS steps of one of `RULES_HERE` from these heads: accuracies at the end, what the filter did on average."""
+    """STEPS steps from these heads: accuracies at the end, what the filter did on average."""
     seed_everything("order", split)
     first, head, value, seen = head, nn.Parameter(head.clone()), copy.deepcopy(value), []
     of_head = torch.optim.AdamW([head], lr=lr, weight_decay=0.0)
-    value_lr = config.value_head_lr * (10 if rule == FAST else 1)
-    of_value = torch.optim.AdamW(value.parameters(), lr=value_lr, weight_decay=0.0)
+    of_value = torch.optim.AdamW(value.parameters(), lr=config.value_head_lr * way.value_rate, weight_decay=0.0)
     for step in range(1, STEPS + 1):
         rows = torch.randperm(len(stored.groups))[: config.batch_size]
         rewards, finished = stored.groups[rows] @ head, stored.finished[rows]  # [B, G]
         values = value(stored.prompts[rows]).squeeze(-1)
-        means = (stored.groups[rows] @ first if rule == LAGGING else rewards).mean(1)
-        anchors = (values if rule in ("save", FAST) else means).detach()
+        means = (stored.groups[rows] @ first if way.lags else rewards).mean(1)
+        anchors = (values if way.rule == "save" else means).detach()
         threshold = curriculum_threshold(step, STEPS, config.initial_margin)
         sides = partition(rm_advantages(rewards.detach(), anchors), threshold, finished)
         lag = (anchors - rewards.detach().mean(1)).mean() / rewards.detach().std(1).mean()
         seen.append({"valid groups": float(sides.valid.float().mean()), "lag": float(lag)})
-        if rule in ("offline_bt", "metarm", "gold"):
+        if way.rule in ("offline_bt", "metarm", "gold"):
             ahead = head
-            if rule == "metarm":
+            if way.rule == "metarm":
                 ahead = head + config.meta_lr * torch.autograd.grad(metarm_difference(rewards, finished), head)[0]
             pairs = stored.pairs[torch.randperm(len(stored.pairs))[: config.batch_size]] @ ahead
-            better, worse = _ordered(rewards, stored.gold[rows]) if rule == "gold" else pairs.T
+            better, worse = _ordered(rewards, stored.gold[rows]) if way.rule == "gold" else pairs.T
             loss = bradley_terry_loss(better, worse) if len(better) else None
         else:
-            of = RULES[rule.partition(",")[0]]
+            of = RULES[way.rule]
             loss = of.loss(rewards, anchors, sides, finished) if of.groups(sides, finished).any() else None
         if loss is not None:
             _step(of_head, loss)
@@ -193,10 +206,10 @@ def changes(of: dict[str, Stored], config: Config) -> pd.DataFrame:
 def _changes(of: Stored, config: Config) -> pd.DataFrame:
     starts = [start(of, config, split) for split in range(SPLITS)]
     before, rows = pd.DataFrame([accuracies(of, head) for head, _ in starts]), []
-    for rule in RULES_HERE:
+    for rule, way in WAYS.items():
         for lr in RATES:
             after = pd.DataFrame(
-                [improve(of, head, value, rule, lr, config, split) for split, (head, value) in enumerate(starts)]
+                [improve(of, head, value, way, lr, config, split) for split, (head, value) in enumerate(starts)]
             )
             moved = after[list(before)] - before
             low, high = interval_of_mean(moved["held-out pairs"])
