@@ -33,11 +33,14 @@ def paired_differences(table: pd.DataFrame, ax: plt.Axes | None = None, colour: 
     return ax
 
 
-def paired_panels(tables: dict[str, pd.DataFrame], title: str) -> plt.Figure:
-    """`paired_differences` side by side, a panel for each of the tables, which have the same rows and are in points."""
+def paired_panels(tables: dict[str, pd.DataFrame], title: str, sharex: bool = False) -> plt.Figure:
+    """`paired_differences` side by side, a panel for each of the tables, which have the same rows and are in points.
+
+    sharex: one scale for all, for tables of one measure.
+    """
     rows = max(map(len, tables.values()))
     fig, axes = plt.subplots(
-        1, len(tables), figsize=(11, 1.2 + 0.3 * rows), layout="constrained", sharey=True, squeeze=False
+        1, len(tables), figsize=(11, 1.2 + 0.3 * rows), layout="constrained", sharex=sharex, sharey=True, squeeze=False
     )
     for ax, (name, table) in zip(axes.flat, tables.items(), strict=True):
         paired_differences(table, ax).set(title=name, xlabel="points (right is better)")
