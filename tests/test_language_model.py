@@ -11,7 +11,16 @@ from scipy import stats
 from savelib.config import make_config
 from savelib.experiments import stored_responses
 from savelib.experiments.cells import jobs_of, read_study
-from savelib.experiments.language_model import STEP_METRICS, WINDOW, gold_at_kl, paired, read_responses, read_steps
+from savelib.experiments.language_model import (
+    ENDS,
+    STEP_METRICS,
+    WINDOW,
+    ends,
+    gold_at_kl,
+    paired,
+    read_responses,
+    read_steps,
+)
 from savelib.experiments.stored_responses import (
     FAST,
     LAGGING,
@@ -54,6 +63,14 @@ def test_differences_are_paired_by_seed():
     assert rows.loc["a", "difference"] == pytest.approx(0.35 / 3)
     assert (rows.loc["a", "low"], rows.loc["a", "high"]) == pytest.approx((low, high))
     assert not rows.loc["a", "resolved"] and math.isnan(rows.loc["r", "difference"])
+
+
+def test_ends_are_each_runs_first_and_last_evaluation_in_percent():
+    rows = [(0, 0.5, 0.7, 0.2), (20, 0.6, 0.4, 0.3), (10, 0.9, 0.9, 0.9)]
+    courses = pd.DataFrame(rows, columns=["step", *ENDS]).assign(cell="a", seed=1)
+    first, last = ends(courses)
+    assert first.loc["a", 1].to_dict() == pytest.approx({"held-out pairs": 50, "current responses": 70, "gold": 20})
+    assert last.loc["a", 1].to_dict() == pytest.approx({"held-out pairs": 60, "current responses": 40, "gold": 30})
 
 
 @pytest.mark.parametrize("profile", ["smol", "single_gpu", "paper"])

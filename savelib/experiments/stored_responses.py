@@ -33,7 +33,7 @@ from savelib.training.stages import preference_stage
 from savelib.training.trainer import load_data
 
 PROMPTS, SPLITS, STEPS = 150, 20, 30
-RATES = (1e-4, 5e-4, 2e-3)  # of the reward head, for every rule: that of profile smol, a fifth and four times it
+RATES = (1e-4, 5e-4, 2e-3)  # of the reward head, for every rule: a fifth of profile smol's, that, four times it
 FINE_TUNED = dict(bt_backbone_lr=2e-5, bt_epochs=3)  # stage 1 that trains the backbone too
 PAIRS_KEPT = 0.8  # share of the pairs that a split trains on
 
