@@ -15,6 +15,7 @@ from savelib.experiments.language_model import (
     ENDS,
     STEP_METRICS,
     WINDOW,
+    apart,
     ends,
     gold_at_kl,
     paired,
@@ -73,6 +74,17 @@ def test_ends_are_each_runs_first_and_last_evaluation_in_percent():
     assert last.loc["a", 1].to_dict() == pytest.approx({"held-out pairs": 60, "current responses": 40, "gold": 30})
 
 
+def test_differences_at_the_end_have_the_studys_order():
+    study, _, courses = read_tables(SHIPPED)
+    _, last = ends(courses)
+    tables = apart(study, last)
+    assert list(tables) == list(ENDS.values())
+    for name, table in tables.items():
+        assert list(table.index) == [cell.name for cell in study.cells]
+        by_hand = (last.loc["SAVE", name] - last.loc[study.reference, name]).mean()
+        assert table.loc["SAVE", "difference"] == pytest.approx(by_hand)
+
+
 @pytest.mark.parametrize("profile", ["smol", "single_gpu", "paper"])
 def test_the_study_is_one_command_for_other_models_too(profile):
     study = read_study("data/studies/smol_loop.yaml")
@@ -108,15 +120,17 @@ def stored():
     return Stored(pairs, heldout, groups, groups.mean(1), gold, torch.ones(40, 6, dtype=torch.bool))
 
 
+def with_offset(stored, by):
+    return replace(stored, **{name: getattr(stored, name) + by for name in ("pairs", "heldout", "groups", "prompts")})
+
+
 def test_true_labels_improve_a_head_and_offsets_are_removed(stored):
     config = make_config(profile="smol")
     head, value = start(stored, config, 0)
     before = accuracies(stored, head)
     after = improve(stored, head, value, WAYS["gold"], 1e-2, config, 0)
     assert before["held-out pairs"] > 60 and after["held-out pairs"] > before["held-out pairs"]
-    shifted = replace(
-        stored, **{name: getattr(stored, name) + 5.0 for name in ("pairs", "heldout", "groups", "prompts")}
-    )
+    shifted = with_offset(stored, 5.0)
     assert shifted.offset > 4 > stored.offset > shifted.centred().offset
     torch.testing.assert_close(shifted.centred().groups, stored.centred().groups)
 
@@ -135,8 +149,7 @@ def test_the_table_has_each_backbone_raw_and_centred(stored, monkeypatch):
     monkeypatch.setattr(stored_responses, "SPLITS", 3)
     monkeypatch.setattr(stored_responses, "WAYS", {rule: WAYS[rule] for rule in ("save", "hl_bt")})
     config = make_config(profile="smol")
-    far = replace(stored, **{name: getattr(stored, name) + 5.0 for name in ("pairs", "heldout", "groups", "prompts")})
-    table = changes({"frozen": stored, "fine-tuned": far}, config)
+    table = changes({"frozen": stored, "fine-tuned": with_offset(stored, 5.0)}, config)
     keys = ["backbone", "features", "rule", "reward_head_lr"]
     assert len(table) == len(table[keys].drop_duplicates()) == 2 * 2 * 2 * len(RATES)
     offset = table.groupby(["backbone", "features"])["offset"].first()

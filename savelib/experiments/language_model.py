@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from savelib.benchmarks.statistics import interval_of_mean
+from savelib.experiments.cells import Study
 from savelib.paths import resolve, write_atomically
 from savelib.runs.folder import read_metrics, read_samples
 
@@ -54,6 +55,12 @@ def ends(courses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     by_run = courses.sort_values("step")[["cell", "seed", *ENDS]].groupby(["cell", "seed"])
     first, last = (at.mul(100).rename(columns=ENDS) for at in (by_run.first(), by_run.last()))
     return first, last
+
+
+def apart(study: Study, last: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By measure of `ENDS`: `paired` with the study's reference, cells in the study's order. last: of `ends`."""
+    order = [cell.name for cell in study.cells if cell.name in last.index.unique("cell")]
+    return {name: paired(last[name].reset_index(), name, study.reference).loc[order] for name in last}
 
 
 def gold_at_kl(steps: pd.DataFrame, levels: list[float]) -> pd.DataFrame:

@@ -58,7 +58,7 @@ def _text(value: object) -> object:
 
 
 def _left(value: object) -> object:
-    """A text from the left, in at least half a line: a narrow page scrolls before each word has a line of its own."""
+    """A text from the left, at least 14 characters wide: a narrow page scrolls before each word has its own line."""
     if not isinstance(value, str):
         return value
     return f'<div style="text-align:left;min-width:{min(len(value), 14)}ch">{value}</div>'
