@@ -17,7 +17,7 @@ from tiny_models import paper_run
 
 from savelib.config import ConfigError, make_config
 from savelib.runs.folder import read_config, read_manifest, read_metrics
-from savelib.runs.launch import RunFailed, _Lines, _Progress, _reason, _stop, _Watched, launch
+from savelib.runs.launch import RunFailed, _Lines, _Progress, _Said, _stop, _Watched, launch
 from savelib.runs.train import train
 
 # read by a process of the run alone, by its place on PYTHONPATH: what one rank does in its first step
@@ -62,8 +62,9 @@ def fault(tmp_path, monkeypatch):
     """fault(rank, code): the run's process of that rank ("agent": torchrun itself) executes the code as it starts."""
 
     def write(rank, code):
-        (tmp_path / "faults").mkdir()
-        (tmp_path / "faults" / "sitecustomize.py").write_text(FAULTS.format(rank=rank, code=code))
+        (tmp_path / "faults").mkdir(exist_ok=True)
+        with open(tmp_path / "faults" / "sitecustomize.py", "a") as file:
+            file.write(FAULTS.format(rank=rank, code=code))
         path = os.pathsep.join(filter(None, [str(tmp_path / "faults"), os.environ.get("PYTHONPATH")]))
         monkeypatch.setenv("PYTHONPATH", path)
 
@@ -292,17 +293,18 @@ def recorded(folder, rank, kind, said, seconds):
 def test_the_reason_is_the_first_error_that_is_not_a_lost_partner(tmp_path):
     log = tmp_path / "train.log"
     log.write_text("earlier\nerror: of an earlier attempt\n")
-    reason = lambda: _reason(log, log.stat().st_size, 1, tmp_path)  # noqa: E731
+    said = lambda: _Said(log, log.stat().st_size, tmp_path)  # noqa: E731
     recorded(tmp_path, 0, "RuntimeError", "[gloo/transport] Connection closed by peer [127.0.0.1]:1", 5)
-    assert reason().startswith(f"rank 0 lost its partner; the whole log is {log}\nTraceback")
+    assert said().failure() is None
+    assert said().last_words(1).startswith(f"rank 0 lost its partner; the whole log is {log}\nTraceback")
     recorded(tmp_path, 2, "ValueError", "later", 9)
     recorded(tmp_path, 1, "KeyError", "first", 8)
     frames = f"Traceback (most recent call last):\n{frame('savelib/runs/train')}KeyError: first"
-    assert reason() == f"rank 1 failed; the whole log is {log}\n{frames}"
+    assert said().failure() == f"rank 1 failed; the whole log is {log}\n{frames}"
     recorded(tmp_path, 4, "ConfigError", "x = 1: bad: worse", 1)
     recorded(tmp_path, 5, "ConfigError", "x = 1: bad: worse", 1)
     recorded(tmp_path, 3, "ValueError", "", 0).write_text('{"mess')
-    assert reason() == "x = 1: bad: worse"
+    assert said().failure() == "x = 1: bad: worse"
 
 
 def test_two_processes_and_one_s_error_is_the_reason(base, fault, runs, tmp_path):
@@ -331,6 +333,16 @@ def test_a_rank_that_ends_without_a_word_is_named(base, fault, runs, tmp_path, c
     with pytest.raises(RunFailed, match=said) as error:
         launch(make_config(**base | dict(num_processes=2), run_id="r"), quiet)
     assert "_main__.py" not in str(error.value)
+    assert_nothing_left(tmp_path)
+
+
+def test_a_rank_that_fails_is_named_when_the_main_process_was_stopped_for_it(base, fault, runs, tmp_path):
+    fault("0", IN_STEP + "__import__('time').sleep(60)")  # it waits for nobody: torchrun stops it
+    fault("1", IN_STEP + "os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(RunFailed, match=r"^rank 1 was killed by signal 11 \(SIGSEGV\); ") as error:
+        launch(make_config(**base | dict(num_processes=2), run_id="r"), quiet)
+    manifest = read_manifest(runs / "r")
+    assert manifest["status"] == "failed" and manifest["error"] == str(error.value)
     assert_nothing_left(tmp_path)
 
 

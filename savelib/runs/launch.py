@@ -102,10 +102,13 @@ def launch(config: Config, say: Callable[[str], None] | None = None) -> Path:
             _stop(process)
             picture(watched.rows, watched.line(), last=True)
         status = read_manifest(folder)["status"] if (folder / "config.yaml").is_file() else "missing"
-        if process.returncode and status == "stopped" and watched.begun():
-            raise RunFailed(f"the training process was asked to stop, not by this one; resume=auto resumes {folder}")
         if process.returncode or status != "done":
-            reason = _reason(folder / "train.log", begin, process.returncode, Path(private))
+            said = _Said(folder / "train.log", begin, Path(private))
+            failure = said.failure()  # torchrun asks all ranks to stop when one has failed: "stopped" alone says little
+            if status == "stopped" and watched.begun() and not failure:
+                how = f"resume=auto resumes {folder}"
+                raise RunFailed(f"the training process was asked to stop, not by this one; {how}")
+            reason = failure or said.last_words(process.returncode)
             if watched.begun():  # else the folder holds another run's files, or none
                 mark_failed(folder, reason)
             raise RunFailed(reason)
@@ -209,29 +212,42 @@ class _Progress:
             print(line, flush=True)
 
 
-def _reason(path: Path, begin: int, code: int, private: Path) -> str:
-    """The process's own words: its one-sentence error, else its traceback; of several, the first that failed."""
-    with open(path, errors="replace") as file:
-        file.seek(begin)
-        text = file.read().strip()
-    where = f"the whole log is {path}"
-    recorded = _recorded(private)
-    for gone, _, rank, message, traceback in recorded:
-        if not gone:
-            kind, _, sentence = message.partition(":")
-            return sentence.strip() if kind in SENTENCES else f"rank {rank} failed; {where}\n{_own_frames(traceback)}"
-    for rank, exitcode in _silent(text):
-        return f"rank {rank} {_ended(exitcode)}; {where}{_stack(text)}"
-    for _, _, rank, _, traceback in recorded:
-        return f"rank {rank} lost its partner; {where}\n{_own_frames(traceback)}"
-    sentences = re.findall(r"^error: (.*)$", text, re.MULTILINE)
-    if code == 2 and sentences:
-        return sentences[-1]
-    at = text.rfind("\nTraceback (most recent call last)")
-    said = _own_frames(text[at + 1 :]) if "Traceback (most" in text else "\n".join(text.splitlines()[-20:])
-    if code == 0:
-        return f"training ended without an error, but wrote no manifest; {where}\n{said}"
-    return f"training {_ended(code)}; {where}" + (_stack(text) or f"\n{said}")
+class _Said:
+    """What the processes of one attempt said as they ended: the log from `begin` on, and torchrun's error files."""
+
+    def __init__(self, path: Path, begin: int, private: Path):
+        self.where, self.recorded = f"the whole log is {path}", _recorded(private)
+        with open(path, errors="replace") as file:
+            file.seek(begin)
+            self.text = file.read().strip()
+
+    def failure(self) -> str | None:
+        """The words of the rank that failed first, of itself: its one-sentence error, else its traceback or its signal.
+
+        None if every rank was asked to stop, or lost its partner.
+        """
+        for gone, _, rank, message, traceback in self.recorded:
+            if not gone:
+                kind, _, sentence = message.partition(":")
+                failed = f"rank {rank} failed; {self.where}\n{_own_frames(traceback)}"
+                return sentence.strip() if kind in SENTENCES else failed
+        for rank, exitcode in _silent(self.text):
+            return f"rank {rank} {_ended(exitcode)}; {self.where}{_stack(self.text)}"
+        return None
+
+    def last_words(self, code: int) -> str:
+        """Where no rank failed of itself: a lost partner, the process's own words, how it ended."""
+        for _, _, rank, _, traceback in self.recorded:
+            return f"rank {rank} lost its partner; {self.where}\n{_own_frames(traceback)}"
+        text = self.text
+        sentences = re.findall(r"^error: (.*)$", text, re.MULTILINE)
+        if code == 2 and sentences:
+            return sentences[-1]
+        at = text.rfind("\nTraceback (most recent call last)")
+        said = _own_frames(text[at + 1 :]) if "Traceback (most" in text else "\n".join(text.splitlines()[-20:])
+        if code == 0:
+            return f"training ended without an error, but wrote no manifest; {self.where}\n{said}"
+        return f"training {_ended(code)}; {self.where}" + (_stack(text) or f"\n{said}")
 
 
 def _recorded(private: Path) -> list[tuple[bool, float, int, str, str]]:
@@ -251,12 +267,12 @@ def _recorded(private: Path) -> list[tuple[bool, float, int, str, str]]:
 def _silent(text: str) -> list[tuple[int, int]]:
     """(rank, exit code) of the processes that ended without a word, from torchrun's report, its root cause first.
 
-    Those that torchrun itself has ended, by SIGTERM, are left out.
+    Those that were asked to stop, by SIGTERM, are left out: the main process ends with 130 then.
     """
     pattern = r"rank +: (\d+) .*\n +exitcode +: (-?\d+) .*\n +error_file: <N/A>"
     others, _, root = text.rpartition("Root Cause (first observed failure):")
     found = [(int(rank), int(code)) for part in (root, others) for rank, code in re.findall(pattern, part)]
-    return [(rank, code) for rank, code in found if code != -signal.SIGTERM]
+    return [(rank, code) for rank, code in found if code not in (-signal.SIGTERM, 130)]
 
 
 def _ended(code: int) -> str:
