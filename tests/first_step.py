@@ -3,10 +3,12 @@
 After Adam's first step exp_avg is a tenth of the clipped gradient, whole or in shards, whatever the backend.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
 
+import cpuinfo
 import torch
 from safetensors.torch import save_file
 
@@ -16,6 +18,7 @@ from savelib.training.algorithm import prepare, save_step
 from savelib.training.engine import connect, disconnect
 
 torch.set_num_threads(1)
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # seconds, and DeepSpeedCPUAdam asks once an engine
 jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 connect(make_config(**next(iter(jobs.values()))))
 for name, values in jobs.items():
