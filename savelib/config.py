@@ -434,6 +434,11 @@ class Config(BaseModel):
         """The configurations whose preference stages give an ensemble's other members."""
         return [self.model_copy(update={"seed": self.seed + 1000 * i}) for i in range(1, self.ensemble)]
 
+    @property
+    def one_backbone(self) -> bool:
+        """Whether an ensemble's members differ in their reward heads alone: no stage trains a backbone."""
+        return self.bt_backbone_lr == self.backbone_lr == 0
+
     def of_stage(self, stage: int) -> dict[str, Any]:
         """The fields that the results of the stages up to this one depend on."""
         marked = {name: field.json_schema_extra["stage"] for name, field in Config.model_fields.items()}

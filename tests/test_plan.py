@@ -351,6 +351,18 @@ def test_memory_falls_where_it_must():
     assert more["peak"]["deepspeed_zero2", True] < peaks["deepspeed_zero2"]
 
 
+def test_members_of_an_ensemble_count_unless_they_share_a_backbone():
+    three = dict(profile="paper", rule="frozen", bt_epochs=1, backbone_lr=0.0, ensemble=3)
+    alone = make_config(**three | dict(ensemble=1))
+    models = counted.models_of(alone)
+    for lr, more in ((1e-6, 2), (0.0, 0)):
+        config = make_config(**three, bt_backbone_lr=lr)
+        peaks = [memory.memory_plan(c, models, 4, 80)["peak"] for c in (alone, config)]
+        assert (peaks[1] - peaks[0]).to_numpy() == pytest.approx(more * 4 * models[1].total / 2**30)
+        frames = [hours.hours_plan(c, models, "h100") for c in (alone, config)]
+        assert (frames[1][hours.SCORING] / frames[0][hours.SCORING]).to_numpy() == pytest.approx(1 + more)
+
+
 def test_the_peak_is_of_one_phase_and_no_sum(tmp_path):
     """A rollout and an update are never alive together."""
     made(tmp_path, vocab_size=64)

@@ -214,6 +214,24 @@ def test_an_ensemble_scores_with_all_its_members(base, how):
     save_step(t, 1)
 
 
+def test_an_ensemble_with_one_backbone_runs_it_once(base):
+    stage = dict(bt_epochs=2, bt_batch_size=2, bt_head_lr=1e-2, bt_backbone_lr=0.0, ensemble=3)
+    encoded, rewards, forwards = None, [], []
+    for shared in (True, False):
+        t, runs = prepare(make_config(**base | stage | dict(backbone_lr=0.0 if shared else 1e-6))), []
+        rm = t.reward_model
+        encoded = encoded or rm.encode([(t.data.prompts[0].messages, text) for text in ("Yes", "No", "Perhaps")])
+        backbones = {id(m.model.base_model): m.model.base_model for m in rm.members}
+        assert len(backbones) == (1 if shared else 3) and rm.fixed == shared
+        for backbone in backbones.values():
+            backbone.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        rewards.append(rm.score(encoded).rewards)
+        forwards.append(len(runs))
+        assert torch.equal(rm.score(rm.embed(encoded)).rewards, rewards[-1])
+    assert forwards[1] == 3 * forwards[0] > 0
+    assert torch.equal(*rewards), "the heads are trained alike, on one backbone or three equal ones"
+
+
 def test_oracle_needs_gold_and_learns_from_it(base, tmp_path):
     with pytest.raises(ConfigError, match="rule = 'oracle' needs prompts whose right answers are known"):
         prepare(make_config(**base | dict(rule="oracle")))

@@ -6,12 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from savelib.method import combined_rewards
+from savelib.models.adapters import plain
 from savelib.models.reward_model import Encoded, RewardModel, Scored
+
+
+def share_backbone(member: RewardModel, first: RewardModel) -> RewardModel:
+    """The member with the first one's backbone, whose weights are the same, in place of its own."""
+    model = plain(member.model)
+    setattr(model, model.base_model_prefix, plain(first.model).base_model)
+    return member
 
 
 class Ensemble(RewardModel):
     """Reward models with one tokenizer, of which none is trained; the files that are saved are the first one's.
 
+    Where all have the first one's backbone (`share_backbone`), it is run once for all of them.
     centres: each member's mean reward, which is subtracted: Bradley-Terry leaves a reward's level open.
     """
 
@@ -23,9 +32,12 @@ class Ensemble(RewardModel):
 
     @property
     def fixed(self) -> bool:
-        return False  # each member has hidden states of its own
+        """Else each member has hidden states of its own."""
+        mine = plain(self.model).base_model
+        return super().fixed and all(plain(m.model).base_model is mine for m in self.members)
 
     def score(self, batch: Encoded) -> Scored:
+        batch = batch if batch.states else self.embed(batch)
         scored = [member.score(batch) for member in self.members]
         return Scored(self.combined(torch.stack([s.rewards for s in scored])), scored[0].prompt_hidden)
 

@@ -14,7 +14,7 @@ from savelib.config import Config, ConfigError
 from savelib.data.pairs_and_prompts import Preference, Prompt
 from savelib.method import RULES, Partition, curriculum_threshold, partition, rm_advantages
 from savelib.models.compute import pick_device, seed_everything
-from savelib.models.ensemble import Ensemble
+from savelib.models.ensemble import Ensemble, share_backbone
 from savelib.models.loading import load_reward_model
 from savelib.models.reward_model import Encoded
 from savelib.models.rollout import Responses
@@ -62,7 +62,8 @@ class RewardSide:
         seed_everything("value head init", config.seed)  # without stage 2, nothing else gives it its weights
         rm = self.reward_model = load_reward_model(reward_model, config, self.device, trained)
         if others:
-            members = [rm, *(load_reward_model(source, config, self.device) for source in others)]
+            loaded = (load_reward_model(source, config, self.device) for source in others)
+            members = [rm, *(share_backbone(m, rm) if config.one_backbone else m for m in loaded)]
             centres = [FixedPairs(m, data.pairs, config).rewards().mean().item() for m in members]
             self.reward_model = Ensemble(members, config.ensemble_reward, centres)
         optimizer = reward_optimizer(
