@@ -102,8 +102,8 @@ def first_step(run):
 
 
 def assert_nothing_left(folder, after=None):
-    """In 10 seconds no process of the folder's runs lives; then, and after the process `after`, no file grows."""
-    end = time.time() + 10
+    """In 3 seconds no process of the folder's runs lives; then, and after the process `after`, no file grows."""
+    end = time.time() + 3
     while processes(folder) and time.time() < end:
         time.sleep(0.05)
     assert not processes(folder)
@@ -234,7 +234,7 @@ def test_sigterm_stops_a_run_in_the_foreground(base, runs, tmp_path):
     process = foreground("-m", "savelib", "train", "--config", config)
     first_step(runs / "r")
     process.terminate()
-    assert process.wait(30) != 0
+    assert process.wait(10) != 0
     assert read_manifest(runs / "r")["status"] == "stopped"
     assert_nothing_left(tmp_path)
 
@@ -412,7 +412,7 @@ def test_sigterm_stops_what_was_started_by_hand(long, runs, tmp_path, by):
     process = foreground(*words) if by == "savelib" else torchrun("--standalone", "--nproc_per_node", 2, *words)
     first_step(runs / "r")
     process.terminate()
-    assert process.wait(30) != 0
+    assert process.wait(10) != 0
     assert_nothing_left(tmp_path)
     assert read_manifest(runs / "r")["status"] == "stopped"
 
