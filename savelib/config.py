@@ -435,9 +435,9 @@ class Config(BaseModel):
         return [self.model_copy(update={"seed": self.seed + 1000 * i}) for i in range(1, self.ensemble)]
 
     @property
-    def one_backbone(self) -> bool:
-        """Whether an ensemble's members differ in their reward heads alone: no stage trains a backbone."""
-        return self.bt_backbone_lr == self.backbone_lr == 0
+    def backbones(self) -> int:
+        """Of an ensemble. One where no stage trains it: its members then differ in their reward heads alone."""
+        return 1 if self.bt_backbone_lr == self.backbone_lr == 0 else self.ensemble
 
     def of_stage(self, stage: int) -> dict[str, Any]:
         """The fields that the results of the stages up to this one depend on."""

@@ -32,7 +32,7 @@ class Ensemble(RewardModel):
 
     @property
     def fixed(self) -> bool:
-        """Else each member has hidden states of its own."""
+        """Whether one backbone, which is not trained, gives all members their hidden states."""
         mine = plain(self.model).base_model
         return super().fixed and all(plain(m.model).base_model is mine for m in self.members)
 

@@ -78,7 +78,7 @@ class Work:
     chunks: int = 1  # of sampling
     rm_steps: int = 0  # updates of the reward model
     rm_pairs: int = 0  # preference pairs of one; 0: on the responses
-    members: int = 1  # backbones of an ensemble of reward models
+    backbones: int = 1  # of an ensemble of reward models
     policy: bool = True  # whether the policy learns
     stepped: float = 1.0  # share of the trained weights whose optimizer step this process's GPU takes
     repeated: bool = True  # whether keys and values are repeated for the heads that share them
@@ -102,7 +102,7 @@ def work_of(c: Config, gpus: int) -> Work:
         width=2 if c.precision != "float32" else 4, rank=c.lora_rank, checkpointing=c.gradient_checkpointing,
         chunks=-(-prompts * c.group_size // c.rollout_rows), rm_steps=c.rm_steps if rule.loss or rule.pairs else 0,
         rm_pairs=prompts if rule.pairs else 0, policy=not c.freeze_policy, stepped=stepped,
-        members=1 if c.one_backbone else c.ensemble,
+        backbones=c.backbones,
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def parts(w: Work, policy: Sizes, reward: Sizes) -> Iterator[tuple[str, float, f
     cache = cache_bytes(policy, w.rows, 1, w.width == 2, w.rank) * (w.prompt + w.new / 2) * copies
     decoded = forward_flops(policy, w, head=True) - ahead
     yield ROLLOUT, decoded, w.new * (w.chunks * weights + cache), w.new * w.chunks * policy.layers
-    yield SCORING, w.members * forward_flops(reward, w), 0, 0
+    yield SCORING, w.backbones * forward_flops(reward, w), 0, 0
     learned = replace(w, prompts=w.rm_pairs, group=2) if w.rm_pairs else w
     yield RM_UPDATE, w.rm_steps * w.passes * forward_flops(reward, learned, shared), 0, 0
     yield RM_UPDATE, 0, w.rm_steps * w.stepped * optimizer_bytes(reward, w), 0

@@ -224,7 +224,7 @@ def _row(c: Config, policy: Sizes, reward: Sizes, gpus: int) -> dict[str, Any]:
     shape = (prompt, new, half, rank, c.gradient_checkpointing)
     p, r = training_bytes(policy, c, gpus), training_bytes(reward, c, gpus)
     reference = 0 if rank else 4 * policy.total
-    members = 0 if c.one_backbone else (c.ensemble - 1) * 4 * reward.total  # whole in every process
+    members = (c.backbones - 1) * 4 * reward.total  # whole in every process
     always = p["weights"] + reference + r["weights"] + members + sum(x["optimizer"] + x["kept"] for x in (p, r))
     of_policy = activation_bytes(policy, min(c.micro_batch_responses, mine), *shape, logits=True)
     together = min(c.micro_batch_groups, c.batch_size // gpus)

@@ -63,7 +63,7 @@ class RewardSide:
         rm = self.reward_model = load_reward_model(reward_model, config, self.device, trained)
         if others:
             loaded = (load_reward_model(source, config, self.device) for source in others)
-            members = [rm, *(share_backbone(m, rm) if config.one_backbone else m for m in loaded)]
+            members = [rm, *(share_backbone(m, rm) if config.backbones == 1 else m for m in loaded)]
             centres = [FixedPairs(m, data.pairs, config).rewards().mean().item() for m in members]
             self.reward_model = Ensemble(members, config.ensemble_reward, centres)
         optimizer = reward_optimizer(
